@@ -1,0 +1,1 @@
+"""Veneer: low-rank adaptation of large models on one ordinary machine."""
