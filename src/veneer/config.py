@@ -1,0 +1,262 @@
+"""Configuration: small keyword-only classes, a docstring under each field; YAML in and out.
+
+`TrainConfig` is what `veneer train` runs; its sections are `DataConfig`, `AdapterConfig` and `OptimConfig`. An unknown
+key, a wrong type or a value out of range is a `ConfigError` of one line that names the key and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from veneer.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of the configuration classes: unknown keys are errors, and errors are `ConfigError`."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+
+
+class AdapterConfig(Section):
+    """What a LoRA adapter is (Hu et al. 2021, arXiv:2106.09685): ΔW = s·B·A with s = alpha/rank."""
+
+    rank: int = Field(16, ge=1)
+    """Rank r of the update: A is (r × d_in), B is (d_out × r)."""
+    alpha: float = Field(32.0, gt=0)
+    """Numerator of the scaling s = alpha / rank (alpha / √rank with `rslora`)."""
+    rslora: bool = False
+    """Rank-stabilised scaling alpha/√rank (Kalajdzievski 2023, arXiv:2312.03732); worth it from rank 64 up."""
+    target_modules: str | list[str] = "all-linear"
+    """"all-linear" (every linear but the output head), "attention", "mlp", a list of names or name endings, or one
+    regular expression that must match the whole module name."""
+    exclude_modules: str | list[str] | None = None
+    """Names, endings or one regular expression of modules to leave alone."""
+    layers: list[int] | None = None
+    """Adapt only these block indices (all when absent)."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Rank by module: name ending or regular expression → rank."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """Alpha by module: name ending or regular expression → alpha."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base are trained too: none, all, or those of the adapted modules."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules trained in full and saved with the adapter, by name or name ending."""
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    """How A and B start; each leaves ΔW = 0."""
+    dtype: Literal["float32", "base"] = "float32"
+    """Storage of the adapter's weights; arithmetic is in the base's compute dtype either way."""
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value is not None and not value:
+            raise ValueError("must not be empty")
+        return value
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _positive_ranks(cls, value: dict[str, int]) -> dict[str, int]:
+        if any(rank < 1 for rank in value.values()):
+            raise ValueError("every rank must be at least 1")
+        return value
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _positive_alphas(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(alpha <= 0 for alpha in value.values()):
+            raise ValueError("every alpha must be above 0")
+        return value
+
+
+class DataConfig(Section):
+    """Where examples come from and how they become supervised tokens."""
+
+    train: str | list[str]
+    """A file (JSONL, JSON, CSV, Parquet, TXT), a folder of them, a hub data set id, or "bundled"."""
+    heldout: str | list[str] | None = None
+    """Held-out data for the evaluation loss and scores; absent: `heldout_fraction` of the training data."""
+    heldout_fraction: float = Field(0.0, ge=0, lt=0.9)
+    """Share of the training examples set aside when `heldout` is absent."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text"] = "auto"
+    """Data format; "auto" detects it and says which."""
+    split: str = "train"
+    """Split of a hub data set."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at a bad row, or skip and count it."""
+    chat_template: str | None = None
+    """File with a Jinja chat template to use in place of the tokenizer's."""
+    train_on: Literal["assistant", "last-assistant", "all"] = "assistant"
+    """Supervise every assistant turn, the last one only, or every token."""
+    max_length: int = Field(2048, ge=8)
+    """Longest example in tokens."""
+    on_long: Literal["truncate", "drop", "split"] = "truncate"
+    """What happens to an example above `max_length`; always counted."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many examples."""
+
+
+class OptimConfig(Section):
+    """Optimiser, schedule, batches, evaluation and checkpoints."""
+
+    lr: float = Field(2e-4, gt=0)
+    """Peak learning rate; LoRA wants about ten times full fine-tuning's."""
+    lora_plus_ratio: float = Field(1.0, gt=0)
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): learning rate of B over that of A."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm to this; 0 switches clipping off."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning-rate schedule after the warm-up."""
+    warmup: float = Field(0.05, ge=0)
+    """Warm-up steps; below 1: a share of all steps."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimiser steps, whatever `epochs` says."""
+    batch_size: int = Field(16, ge=1)
+    """Examples per optimiser step."""
+    micro_batch_tokens: int = Field(2048, ge=16)
+    """Tokens per forward pass (or the longest example, if longer): a batch is split into rows of this size and their
+    gradients are weighted by supervised tokens, so this changes memory and not the result."""
+    pack: Literal["auto", "on", "off"] = "auto"
+    """Put several sequences in one row without padding and without seeing each other; "auto" checks that the model
+    gives the same answer packed and says so if it falls back."""
+    share_prefix: bool = True
+    """Compute a prompt prefix that several examples of a packed row share once; exact, as no token sees a later one."""
+    checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+    eval_every: int | None = Field(None, ge=1)
+    """Held-out loss every so many steps (absent: at each epoch's end)."""
+    save_every: int = Field(50, ge=1)
+    """Checkpoint every so many steps (and at the end)."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the newest checkpoints stay; the best is kept besides."""
+    early_stop: int | None = Field(None, ge=1)
+    """Stop after so many held-out evaluations without a better loss."""
+    log_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Besides metrics.jsonl: tensorboard, wandb, trackio, where installed."""
+
+
+class TrainConfig(Section):
+    """Everything a run needs; `veneer init` writes one with comments."""
+
+    model: str = "smollm2-135m-instruct"
+    """A name that Veneer knows, a local directory, a GGUF file, or a hub id."""
+    data: DataConfig
+    """Training and held-out data. A bare string stands for `train`."""
+    out: str
+    """The run directory."""
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    """What is trained."""
+    train: OptimConfig = Field(default_factory=OptimConfig)
+    """How it is trained."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Base weights and arithmetic; auto: float32 on a CPU, bfloat16 on a GPU that has it."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the initialisation, data order and dropout."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_shorthand(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("data"), (str, list)):
+            values = {**values, "data": {"train": values["data"]}}
+        return values
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:
+        """Read a YAML file; `overrides` maps dotted keys ("adapter.rank") to values that win over the file's."""
+        return cls.from_dict(read_yaml(path), overrides)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], overrides: dict[str, Any] | None = None) -> TrainConfig:
+        values = dict(values)
+        for key, value in (overrides or {}).items():
+            _put(values, key, value)
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        """The whole resolved configuration as YAML that `load` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file. Raises `ConfigError` if it is missing, broken or no mapping."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: broken YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys such as model, data and out; found {type(values).__name__}")
+    return values
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        if parent == "data" and isinstance(child, (str, list)):
+            child = {"train": child}
+        if child is not None and not isinstance(child, dict):
+            raise ConfigError(f"{dotted}: {parent} is not a section")
+        values[parent] = dict(child or {})
+        values = values[parent]
+    values[last] = value
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line for the first problem of a pydantic error, with the nearest known key for an unknown one."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown configuration key {'.'.join(path)!r}; {hint}{more}"
+    if first["type"] == "missing":
+        return f"configuration key {'.'.join(path)!r} is required{more}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    path = [part for part in path if part not in ("str", "list[str]")]
+    return f"configuration key {'.'.join(path)!r}: {message}, not {first['input']!r}{more}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return list(model.model_fields)
+        model = annotation
+    return list(model.model_fields)
