@@ -240,6 +240,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """One line for the first problem of a pydantic error, with the nearest known key for an unknown one."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
+    nested = first.get("ctx", {}).get("error")
+    if isinstance(nested, ConfigError):  # a section inside this one has explained itself: add where it stands
+        return str(nested).replace("configuration key '", f"configuration key '{'.'.join(path)}.", 1)
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1])
