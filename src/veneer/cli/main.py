@@ -1,0 +1,66 @@
+"""The `veneer` command: every subcommand, and how errors reach the user."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from click.exceptions import Abort, ClickException
+from click.exceptions import Exit as ClickExit
+from rich.console import Console
+from rich.markup import escape
+
+from veneer.cli import chat, data, evaluate, generate, info, init, train
+from veneer.errors import VeneerError
+from veneer.version import __version__
+
+app = typer.Typer(
+    name="veneer",
+    help="Low-rank adaptation (LoRA) of large models on one ordinary machine: a frozen base, a thin trained layer.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.command)
+app.command("eval")(evaluate.command)
+app.command("chat")(chat.command)
+app.command("generate")(generate.command)
+app.add_typer(data.app, name="data")
+app.command("init")(init.command)
+app.command("info")(info.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"veneer {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. A user's mistake is one line and exit code 2; Ctrl-C is 130."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except VeneerError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        code = 2
+    except ClickExit as error:
+        code = error.exit_code
+    except ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, Abort):
+        code = 130
+    except BrokenPipeError:
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)

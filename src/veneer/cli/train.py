@@ -1,0 +1,173 @@
+"""veneer train"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from veneer.cli.common import err, parse_settings
+from veneer.errors import ConfigError, RunError
+
+FLAGS = {
+    "model": "model",
+    "data": "data.train",
+    "heldout": "data.heldout",
+    "out": "out",
+    "rank": "adapter.rank",
+    "alpha": "adapter.alpha",
+    "targets": "adapter.target_modules",
+    "lr": "train.lr",
+    "epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "batch_size": "train.batch_size",
+    "max_length": "data.max_length",
+    "on_bad_row": "data.on_bad_row",
+    "chat_template": "data.chat_template",
+    "device": "device",
+    "dtype": "dtype",
+    "seed": "seed",
+}
+
+
+def command(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML configuration (see `veneer init`), or a run directory with --resume.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Base: a known name, a directory, a GGUF file or a hub id.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", "-d", help="Training data; may be repeated.")] = None,
+    heldout: Annotated[list[str] | None, typer.Option(help="Held-out data; may be repeated.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="The run directory to make.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the update.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scaling numerator: s = alpha / rank.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="all-linear, attention, mlp, names with commas, or a regular expression.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per optimiser step.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest example in tokens.")] = None,
+    on_bad_row: Annotated[str | None, typer.Option(help="error or skip.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="File with a Jinja chat template.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, e.g. train.pack=off.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate everything, train nothing.")] = False,
+) -> None:
+    """Train an adapter: from a YAML file, from flags, or both (flags win)."""
+    flags = {key: value for key, value in locals().items() if key in FLAGS and value not in (None, [])}
+    resolved = _resolve(config, flags, set_ or [], resume)
+    from veneer.train.loop import Trainer
+
+    display = Display()
+    trainer = Trainer(resolved, observe=display)
+    if dry_run:
+        _dry_run(trainer, resolved)
+        return
+    with display:
+        result = trainer.run(resume=resume)
+    if result.stopped == "interrupted":
+        err.print(f"stopped after step {result.steps} of {result.total_steps}; go on with: veneer train {result.path} --resume")
+        raise typer.Exit(130)
+    from veneer.report.page import write_report
+
+    page = write_report(result.path)
+    Console(highlight=False).print(
+        f"adapter  {result.adapter}\nreport   {page}\n"
+        f"loss     {result.loss:.4f}" + (f", held-out best {result.best_loss:.4f}" if result.best_loss is not None else "")
+        + f"\nnext     veneer eval {result.path}   ·   veneer chat {result.path} --compare",
+        soft_wrap=True,
+    )
+
+
+def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], resume: bool):
+    from veneer.config import TrainConfig, read_yaml
+
+    for key in ("data", "heldout"):
+        if key in flags and len(flags[key]) == 1:
+            flags[key] = flags[key][0]
+    targets = flags.get("targets")
+    if targets and ("," in targets or targets.replace("_", "").isalnum() and targets not in ("attention", "mlp")):
+        flags["targets"] = [part.strip() for part in targets.split(",")]
+    overrides = {FLAGS[key]: value for key, value in flags.items()} | parse_settings(settings)
+    run = config if config is not None and config.is_dir() else Path(flags["out"]) if resume and "out" in flags and not config else None
+    if run is not None:
+        if not resume:
+            raise ConfigError(f"{run} is a directory: to continue a run add --resume, else name a YAML file")
+        if not (run / "config.yaml").exists():
+            raise RunError(f"{run} holds no run to resume")
+        return TrainConfig.from_dict(read_yaml(run / "config.yaml") | {"out": str(run)}, overrides)
+    return TrainConfig.from_dict(read_yaml(config) if config else {}, overrides)
+
+
+def _dry_run(trainer: Any, config: Any) -> None:
+    from veneer.adapter.attach import attach, report
+    from veneer.train.setup import check_out
+
+    check_out(trainer.out)
+    setup = trainer.validate()
+    bank = attach(setup.model, config.adapter, seed=config.seed)
+    options = config.train
+    print(config.to_yaml())
+    err.print(str(report(bank)))
+    err.print(f"{setup.total_steps(options)} steps of {options.batch_size} examples; the configuration is valid, nothing was trained")
+
+
+class Display:
+    """Training progress: a bar with loss, tokens/s and time left in a terminal, else a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tok/s"),
+            TimeRemainingColumn(),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self.task, self.said, self.total = None, 0.0, 0
+        self.left = lambda step: 0.0
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        getattr(self, "_" + record["type"], lambda r: None)(record)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        style = "yellow" if record["text"].startswith("warning") else None
+        self.progress.console.print(record["text"], style=style, markup=False, soft_wrap=True)
+
+    def _start(self, record: dict[str, Any]) -> None:
+        self.total, began, first = record["total_steps"], time.monotonic(), record["step"]
+        self.left = lambda step: (time.monotonic() - began) / max(1, step - first) * (self.total - step)
+        self.task = self.progress.add_task("", total=self.total, completed=first, loss="–", speed="–")
+
+    def _train(self, record: dict[str, Any]) -> None:
+        loss, speed = f"{record['loss']:.3f}", f"{record['tokens_per_second']:,.0f}"
+        if err.is_terminal:
+            self.progress.update(self.task, completed=record["step"], loss=loss, speed=speed)
+        elif time.monotonic() - self.said > 10 or record["step"] == self.total:
+            self.said = time.monotonic()
+            left = self.left(record["step"])
+            err.print(f"step {record['step']}/{self.total}  loss {loss}  {speed} tok/s  {left:.0f} s left")
+
+    def _eval(self, record: dict[str, Any]) -> None:
+        best = " (best so far)" if record["best"] else ""
+        self.progress.console.print(f"step {record['step']}: held-out loss {record['loss']:.4f}{best}")

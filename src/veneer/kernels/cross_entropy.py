@@ -1,0 +1,60 @@
+"""Output head + cross-entropy in chunks of positions: the full logits never exist."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = 64 << 20
+"""Float32 logits of one chunk: 64 MiB keep the products large and the peak small."""
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """`veneer.kernels.reference.linear_cross_entropy` for a frozen head.
+
+    The gradient of the hidden states is made in the forward pass, chunk by chunk: ∂L/∂z = softmax(z) − onehot, times
+    the derivative of the soft-cap and scale, times W. The head gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, softcap, logit_scale):
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            z = F.linear(hidden[part], weight, bias).float()
+            z = z.mul_(logit_scale) if logit_scale != 1.0 else z
+            z = z.div_(softcap).tanh_().mul_(softcap) if softcap is not None else z
+            lse = torch.logsumexp(z, -1, keepdim=True)
+            wanted = targets[part].unsqueeze(-1)
+            total += (lse - z.gather(-1, wanted)).sum()
+            if grad is None:
+                continue
+            slope = z.div(softcap).square_().neg_().add_(1) if softcap is not None else None
+            p = z.sub_(lse).exp_()
+            p.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=p.dtype))
+            p = p.mul_(slope) if slope is not None else p
+            p = p.mul_(logit_scale) if logit_scale != 1.0 else p
+            grad[part] = p.to(weight.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_total.to(grad.dtype), None, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Fast path of `veneer.kernels.reference.linear_cross_entropy`; `weight` and `bias` get no gradient."""
+    return LinearCrossEntropy.apply(hidden, weight, bias, targets, softcap, logit_scale)

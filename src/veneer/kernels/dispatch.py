@@ -1,0 +1,54 @@
+"""The only chooser between a fast path and its plain twin.
+
+`impl="auto"` takes the fast path where its conditions hold; "fast" insists on it (ValueError where it cannot run);
+"reference" takes the twin.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from veneer.kernels import cross_entropy, lora, reference
+
+Impl = Literal["auto", "fast", "reference"]
+
+
+def _use_fast(impl: Impl, possible: bool, why_not: str) -> bool:
+    if impl == "fast" and not possible:
+        raise ValueError(f"the fast path cannot run here: {why_not}")
+    return impl != "reference" and possible
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Frozen linear plus one adapter; see `veneer.kernels.reference.lora_linear`."""
+    possible = not weight.requires_grad and x.dtype == weight.dtype
+    fast = _use_fast(impl, possible, "the weight is trained or has another dtype than x")
+    return (lora if fast else reference).lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Head and summed loss; see `veneer.kernels.reference.linear_cross_entropy`."""
+    possible = not weight.requires_grad and (bias is None or not bias.requires_grad) and hidden.dtype == weight.dtype
+    fast = _use_fast(impl, possible, "the head is trained or has another dtype than the hidden states")
+    module = cross_entropy if fast else reference
+    return module.linear_cross_entropy(hidden, weight, bias, targets, softcap=softcap, logit_scale=logit_scale)

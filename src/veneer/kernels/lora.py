@@ -1,0 +1,46 @@
+"""Linear + LoRA as one autograd function that saves x alone.
+
+Plain autograd keeps x for the adapter, x Aᵀ, and makes temporaries of the output's size for `+` and `s·`; this keeps
+one x, recomputes x Aᵀ (R columns: cheap) and accumulates into the buffers that the dense products write.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LoraLinear(torch.autograd.Function):
+    """Forward and backward of `veneer.kernels.reference.lora_linear` for a frozen weight.
+
+    With g = ∂L/∂y, h = x Aᵀ and u = s·g B:  ∂L/∂A = uᵀ x,  ∂L/∂B = s·gᵀ h,  ∂L/∂x = g W + u A,  ∂L/∂bias = Σ g.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling):
+        ctx.save_for_backward(x, weight, lora_A, lora_B)
+        ctx.scaling = scaling
+        y = F.linear(x, weight, bias)
+        low = x.reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).t()
+        y.view(-1, y.shape[-1]).addmm_(low, lora_B.to(x.dtype).t(), alpha=scaling)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, lora_A, lora_B = ctx.saved_tensors
+        x2, g2 = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        need_x, _, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+        u = (g2 @ b).mul_(ctx.scaling) if need_x or need_a else None
+        grad_x = (g2 @ weight).addmm_(u, a).view_as(x) if need_x else None
+        grad_a = (u.t() @ x2).to(lora_A.dtype) if need_a else None
+        grad_b = (g2.t() @ (x2 @ a.t())).mul_(ctx.scaling).to(lora_B.dtype) if need_b else None
+        return grad_x, None, g2.sum(0) if need_bias else None, grad_a, grad_b, None
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """Fast path of `veneer.kernels.reference.lora_linear`; `weight` gets no gradient."""
+    return LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling)

@@ -1,0 +1,63 @@
+"""Plain PyTorch twins: the definition of every fast path, with the same signature.
+
+Legend: B batch rows, T tokens, I input width, O output width, R rank, N supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """y[…,o] = Σ_i x[…,i] W[o,i] + bias[o] + s Σ_r (Σ_i x[…,i] A[r,i]) B[o,r]   (arXiv:2106.09685, eq. 3).
+
+    x (…, I), weight (O, I), bias (O) or None, lora_A (R, I), lora_B (O, R). The factors are cast to x's dtype, which
+    is the dtype of the result (…, O).
+    """
+    update = F.linear(F.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
+    return F.linear(x, weight, bias) + scaling * update
+
+
+def grouped_lora(
+    x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], rows: Tensor | None = None
+) -> Tensor:
+    """The sum of the adapters' updates, or each row's own adapter's.
+
+    x (B, …, I), lora_A[n] (R_n, I), lora_B[n] (O, R_n), ranks may differ. Without `rows`:
+    Δ[b,…] = Σ_n s_n B_n A_n x[b,…]. With `rows` (B, int64): Δ[b,…] = s_n B_n A_n x[b,…] for n = rows[b], and exactly 0
+    where rows[b] = -1. Returns (B, …, O) in x's dtype.
+    """
+    if rows is None:
+        return sum(s * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) for a, b, s in zip(lora_A, lora_B, scaling))
+    update = x.new_zeros(*x.shape[:-1], lora_B[0].shape[0])
+    for n, (a, b, s) in enumerate(zip(lora_A, lora_B, scaling)):
+        chosen = (rows == n).nonzero().squeeze(-1)
+        if chosen.numel():
+            part = s * F.linear(F.linear(x[chosen], a.to(x.dtype)), b.to(x.dtype))
+            update = update.index_copy(0, chosen, part)
+    return update
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """Σ_n −log softmax(z[n])[targets[n]] with z = cap·tanh(c·(hidden Wᵀ + bias)/cap), or c·(hidden Wᵀ + bias).
+
+    hidden (N, I), weight (V, I), bias (V) or None, targets (N) int64. Returns the float32 sum (not the mean).
+    """
+    logits = F.linear(hidden, weight, bias).float() * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction="sum")

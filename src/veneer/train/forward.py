@@ -1,0 +1,196 @@
+"""One packed row through the model: hidden states, then the loss where there is a label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+from veneer.adapter.targets import output_head
+from veneer.data.example import TokenizedExample
+from veneer.data.pack import Row, pack
+from veneer.errors import BaseModelError
+from veneer.kernels import dispatch
+from veneer.kernels.attention import packed_attention
+from veneer.kernels.cross_entropy import CHUNK_BYTES
+
+ATTENTION = "veneer_packed"
+_segments: ContextVar[list[tuple[int, int, int, int]] | None] = ContextVar("veneer_segments", default=None)
+
+
+def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **extra):
+    """`packed_attention` behind transformers' attention interface."""
+    if extra.get("softcap") is not None or extra.get("s_aux") is not None:
+        raise BaseModelError("this model's attention has soft-caps or sinks, which packed rows do not have; use pack: off")
+    out = packed_attention(
+        query, key, value, _segments.get(), scale=scaling, window=sliding_window, dropout=dropout
+    )
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the model turns hidden states into logits, besides its output matrix."""
+
+    softcap: float | None
+    scale: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Head:
+        """Read Gemma's soft-cap, Cohere's logit_scale (a factor) and Granite's logits_scaling (a divisor)."""
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        return cls(getattr(config, "final_logit_softcapping", None), scale / (getattr(config, "logits_scaling", None) or 1.0))
+
+
+class RowModel:
+    """A causal language model as a function of packed rows.
+
+    `packing` and `fast_head` start as asked for and `check` turns them off, with the reason, where the model does not
+    give the same answer with them.
+    """
+
+    def __init__(self, model: nn.Module, *, packing: bool = True) -> None:
+        if output_head(model) is None:
+            raise BaseModelError(f"{type(model).__name__} has no output head: Veneer trains causal language models")
+        self.model, self.head = model, Head.of(model)
+        self.packing = packing and bool(getattr(model, "_supports_attention_backend", False))
+        self.fast_head = True
+        self.notes: list[str] = []
+        if packing and not self.packing:
+            self.notes.append(f"packing is off: {type(model).__name__} does not take a custom attention")
+
+    def loss(self, row: Row) -> Tensor:
+        """Summed cross-entropy over the row's targets, a float32 scalar."""
+        device = next(self.model.parameters()).device
+        ids, positions, predictors, targets = (
+            torch.from_numpy(part).to(device) for part in (row.input_ids, row.position_ids, row.predictors, row.targets)
+        )
+        inputs = {"input_ids": ids[None], "use_cache": False}
+        if len(row.segments) > 1:
+            inputs["position_ids"] = positions[None]
+        if not self.fast_head:
+            logits = self.model(**inputs).logits[0, predictors].float()
+            return F.cross_entropy(logits, targets, reduction="sum")
+        hidden = self.model.base_model(**inputs).last_hidden_state[0].index_select(0, predictors)
+        return self._head_loss(hidden, targets)
+
+    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head = output_head(self.model)
+        if type(head) is nn.Linear and not head.weight.requires_grad:
+            options = {"softcap": self.head.softcap, "logit_scale": self.head.scale}
+            return dispatch.linear_cross_entropy(hidden, head.weight, head.bias, targets, **options)
+        rows = max(1, CHUNK_BYTES // (4 * head.out_features))
+        parts = zip(hidden.split(rows), targets.split(rows))
+        return sum(checkpoint(self._plain_loss, head, h, t, use_reentrant=False) for h, t in parts)
+
+    def _plain_loss(self, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head(hidden).float() * self.head.scale
+        if self.head.softcap is not None:
+            logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    @contextmanager
+    def row(self, row: Row) -> Iterator[Tensor]:
+        """The row's loss, with its segments in force for the forward pass and for a backward inside the block."""
+        segments = [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
+        token = _segments.set(segments)
+        try:
+            yield self.loss(row)
+        finally:
+            _segments.reset(token)
+
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Packed attention for the length of a block, where packing is on; the model's own is put back."""
+        own = getattr(self.model.config, "_attn_implementation", None)
+        if self.packing:
+            self.model.set_attn_implementation(ATTENTION)
+        try:
+            yield
+        finally:
+            if self.packing:
+                self.model.set_attn_implementation(own)
+
+    def pack(self, examples: Sequence[TokenizedExample], max_tokens: int, share_prefix: bool) -> list[Row]:
+        """Examples as rows, packed or one by one."""
+        return pack(examples, max_tokens, packing=self.packing, share_prefix=share_prefix)
+
+    def check(self, examples: Sequence[TokenizedExample], required: bool = False) -> None:
+        """Compare the fast head and the packed rows with the model's own plain answer on a few short examples.
+
+        A difference turns the feature off and leaves a note; with `required` packing it is a `BaseModelError`.
+        """
+        few = _short(examples)
+        if not few:
+            return
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            plain = float(sum(_plain(self.model, example) for example in few))
+            if self._differs(plain, pack(few, 1, packing=False)):
+                self.fast_head = False
+                self.notes.append("the model's logits are not its head times its hidden states: full logits are made")
+            if self.packing:
+                with self.attention():
+                    try:
+                        wrong = self._differs(plain, self.pack(few, 1 << 30, True))
+                    except (TypeError, ValueError, RuntimeError) as error:
+                        wrong = str(error).splitlines()[0]
+                if wrong:
+                    self._refuse_packing(wrong, required)
+        self.model.train(training)
+
+    def _refuse_packing(self, wrong: bool | str, required: bool) -> None:
+        reason = "packed rows give another loss than single ones" if wrong is True else wrong
+        if required:
+            raise BaseModelError(f"pack: on, but {type(self.model).__name__} cannot be packed: {reason}; use pack: auto")
+        self.packing = False
+        self.notes.append(f"packing is off: {reason}")
+
+    def _differs(self, plain: float, rows: Sequence[Row]) -> bool:
+        total = 0.0
+        for row in rows:
+            with self.row(row) as loss:
+                total += float(loss)
+        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 3e-2
+        return not abs(total - plain) <= tolerance * max(1.0, abs(plain))
+
+
+def _plain(model: nn.Module, example: TokenizedExample) -> Tensor:
+    device = next(model.parameters()).device
+    ids = torch.from_numpy(example.input_ids.astype(np.int64)).to(device)
+    where = torch.from_numpy(np.flatnonzero(example.supervised[1:])).to(device)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits[where].float(), ids[where + 1], reduction="sum")
+
+
+def _short(examples: Sequence[TokenizedExample], count: int = 3, tokens: int = 64) -> list[TokenizedExample]:
+    """A few short pieces that hold supervised tokens, two of them with a common start."""
+    few = []
+    for example in examples:
+        first = int(np.flatnonzero(example.supervised)[0]) if example.supervised.any() else None
+        if first is None:
+            continue
+        start = max(0, first - tokens // 2)
+        piece = slice(start, start + tokens)
+        few.append(TokenizedExample(example.input_ids[piece], example.supervised[piece]))
+        if len(few) == count:
+            break
+    if few and len(few[0].input_ids) > 16:
+        first = few[0]
+        changed = first.input_ids.copy()
+        changed[-1] = changed[0]
+        few.append(TokenizedExample(changed, first.supervised))
+    return few

@@ -1,0 +1,297 @@
+"""The training loop: a run directory in, an adapter out, and exact resume at every step."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from veneer.adapter.attach import AttachReport, attach, get_bank, report
+from veneer.config import TrainConfig
+from veneer.data.example import TokenizedExample
+from veneer.errors import RunError, TrainingDiverged, VeneerError
+from veneer.files import write_text
+from veneer.formats.peft import save_adapter
+from veneer.train.evaluate import heldout_loss
+from veneer.train.forward import RowModel
+from veneer.train.metrics import MetricsLog
+from veneer.train.optim import lr_factor, make_optimizer, set_lr, warmup_steps
+from veneer.train.setup import Setup, check_resumable, prepare_run, start_directory
+from veneer.train.state import Progress, checkpoints, load_checkpoint, save_checkpoint, tidy
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run ended with. `stopped` is "finished", "early" (no gain any more) or "interrupted"."""
+
+    path: Path
+    adapter: Path
+    steps: int
+    total_steps: int
+    loss: float | None
+    best_loss: float | None
+    seconds: float
+    stopped: str
+
+
+class Trainer:
+    """Trains one adapter as a `TrainConfig` says.
+
+    `observe` is called with each record that metrics.jsonl gets, and with {"type": "note", "text": …}. After `run`, the
+    adapted model is in `model` and its tokenizer in `tokenizer`.
+    """
+
+    def __init__(self, config: TrainConfig, *, observe: Observer | None = None) -> None:
+        self.config, self.observe = config, observe or (lambda record: None)
+        self.out = Path(config.out)
+        self.setup: Setup | None = None
+        self._interrupted = 0
+
+    def validate(self) -> Setup:
+        """Load the base and the data and check everything that can be checked without training."""
+        if self.setup is None:
+            self.setup = prepare_run(self.config, self._note)
+        return self.setup
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.validate().model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.validate().tokenizer
+
+    def run(self, *, resume: bool = False) -> RunResult:
+        """Train from the start, or with `resume` from the newest sound checkpoint of the run directory.
+
+        Raises `RunError` (directory in use or not resumable, disk full), `TrainingDiverged` (the loss is NaN or
+        infinite; the batch is kept in bad_batch.json), and what loading and data raise.
+        """
+        start_directory(self.out, resume)
+        tidy(self.out)
+        setup = self.validate()
+        if resume:
+            check_resumable(self.out, self.config, setup)
+        self._attach(setup)
+        state = self._restore(setup) if resume else Progress()
+        if not resume:
+            self._write_start(setup)
+        self.metrics = MetricsLog(self.out, list(self.config.train.log_to))
+        self.metrics.truncate_after(state.step)
+        try:
+            with self._signals(), self.rows.attention():
+                return self._steps(setup, state)
+        finally:
+            self.metrics.close()
+
+    def _attach(self, setup: Setup) -> None:
+        torch.manual_seed(self.config.seed)
+        attach(setup.model, self.config.adapter, seed=self.config.seed)
+        bank = get_bank(setup.model)
+        self.parameters = bank.parameters("default")
+        self.report: AttachReport = report(bank)
+        self._note(str(self.report))
+        self.optimizer = make_optimizer(self.parameters, self.config.train)
+        if self.config.train.checkpointing:
+            setup.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.rows = RowModel(setup.model, packing=self.config.train.pack != "off")
+        few = [setup.train[i] for i in range(min(8, len(setup.train)))]
+        self.rows.check(few, required=self.config.train.pack == "on")
+        for note in self.rows.notes:
+            self._note(note)
+        setup.model.train()
+
+    def _restore(self, setup: Setup) -> Progress:
+        for path in reversed(checkpoints(self.out)):
+            try:
+                state = load_checkpoint(path, setup.model, self.optimizer)
+            except RunError as error:
+                self._note(f"{error}; trying the one before")
+                continue
+            self._note(f"resuming after step {state.step}")
+            return state
+        self._note("no sound checkpoint yet: starting from step 0")
+        return Progress()
+
+    def _write_start(self, setup: Setup) -> None:
+        write_text(self.out / "config.yaml", self.config.to_yaml())
+        record = setup.provenance(self.config) | {
+            "adapter": {
+                "trainable_parameters": self.report.trainable_parameters,
+                "total_parameters": self.report.total_parameters,
+                "share": self.report.share,
+                "bytes": self.report.bytes,
+                "targets": list(self.report.targets),
+            }
+        }
+        write_text(self.out / "provenance.json", json.dumps(record, indent=2) + "\n")
+
+    def _steps(self, setup: Setup, state: Progress) -> RunResult:
+        options, loss = self.config.train, None
+        total = setup.total_steps(options)
+        warmup = warmup_steps(options.warmup, total)
+        started = time.monotonic() - state.seconds
+        self.observe({"type": "start", "step": state.step, "total_steps": total})
+        while state.step < total and not state.stopped_early and not self._interrupted:
+            set_lr(self.optimizer, options.lr * lr_factor(state.step + 1, total, warmup, options.schedule))
+            record = self._step(setup, state, total)
+            if record is None:
+                break
+            loss, state.seconds = record["loss"], time.monotonic() - started
+            self._log(record)
+            if self._due(options.eval_every or setup.steps_per_epoch(options), state.step, total) and setup.heldout:
+                self._evaluate(setup, state)
+            if state.step % options.save_every == 0 and state.step < total and not state.stopped_early:
+                save_checkpoint(self.out, setup.model, self.optimizer, state, options.keep_checkpoints)
+        return self._finish(setup, state, total, loss)
+
+    @staticmethod
+    def _due(every: int, step: int, total: int) -> bool:
+        return step % every == 0 or step == total
+
+    def _step(self, setup: Setup, state: Progress, total: int) -> dict[str, Any] | None:
+        """One optimiser step; None if an interrupt came in its midst (nothing has changed then)."""
+        began, options = time.monotonic(), self.config.train
+        indices = setup.batch(state.step, self.config)
+        examples = [setup.train[i] for i in indices]
+        torch.manual_seed((self.config.seed * 1_000_003 + state.step) % 2**63)  # dropout follows from the step alone
+        rows = self.rows.pack(examples, options.micro_batch_tokens, options.share_prefix)
+        supervised = sum(len(row.targets) for row in rows)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for row in rows:
+            if self._interrupted:
+                return None
+            with self.rows.row(row) as row_loss:
+                self._check_finite(float(row_loss), state.step + 1, indices, examples)
+                (row_loss / supervised).backward()
+            loss += float(row_loss) / supervised
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
+        self._check_finite(norm, state.step + 1, indices, examples)
+        if options.max_grad_norm and norm > options.max_grad_norm:
+            for p in self.parameters.values():
+                if p.grad is not None:
+                    p.grad.mul_(options.max_grad_norm / norm)
+        self.optimizer.step()
+        seconds, tokens = time.monotonic() - began, sum(len(e.input_ids) for e in examples)
+        state.step += 1
+        state.tokens += tokens
+        state.supervised_tokens += supervised
+        state.examples += len(examples)
+        return {
+            "type": "train",
+            "step": state.step,
+            "epoch": state.examples / len(setup.train),
+            "loss": loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "examples": len(examples),
+            "tokens": tokens,
+            "computed_tokens": sum(len(row.input_ids) for row in rows),
+            "supervised_tokens": supervised,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "memory_bytes": _memory(setup.model),
+        }
+
+    def _check_finite(self, value: float, step: int, indices: list[int], examples: list[TokenizedExample]) -> None:
+        if math.isfinite(value):
+            return
+        batch = {
+            "step": step,
+            "examples": [
+                {"index": int(i), "input_ids": e.input_ids.tolist(), "text": self.tokenizer.decode(e.input_ids.tolist())}
+                for i, e in zip(indices, examples)
+            ],
+        }
+        write_text(self.out / "bad_batch.json", json.dumps(batch, ensure_ascii=False, indent=1) + "\n")
+        raise TrainingDiverged(
+            f"the loss or gradient became {value} at step {step}; the batch is in {self.out / 'bad_batch.json'}; "
+            f"a lower train.lr or more train.warmup usually helps, then continue with --resume"
+        )
+
+    def _evaluate(self, setup: Setup, state: Progress) -> None:
+        options = self.config.train
+        loss = heldout_loss(self.rows, setup.heldout, options.micro_batch_tokens)
+        best = state.best_loss is None or loss < state.best_loss
+        if best:
+            state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0
+            save_adapter(setup.model, self.out / "best", provenance={"training": {"step": state.step, "loss": loss}})
+        else:
+            state.evals_without_gain += 1
+        state.stopped_early = bool(options.early_stop) and state.evals_without_gain >= options.early_stop
+        self._log({"type": "eval", "step": state.step, "loss": loss, "best": best})
+
+    def _finish(self, setup: Setup, state: Progress, total: int, loss: float | None) -> RunResult:
+        if state.step and not (self.out / "checkpoints" / f"step-{state.step:08d}").exists():
+            save_checkpoint(self.out, setup.model, self.optimizer, state, self.config.train.keep_checkpoints)
+        stopped = "early" if state.stopped_early else "finished" if state.step >= total else "interrupted"
+        adapter = self.out / "adapter"
+        if stopped != "interrupted":
+            record = {"training": {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss}}
+            save_adapter(setup.model, adapter, provenance=record)
+        setup.model.eval()
+        result = RunResult(
+            self.out, adapter, state.step, total, loss, state.best_loss, state.seconds, stopped
+        )
+        self.observe({"type": "end", **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}})
+        return result
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.metrics.write(record)
+        self.observe(record)
+
+    def _note(self, text: str) -> None:
+        self.observe({"type": "note", "text": text})
+
+    @contextmanager
+    def _signals(self):
+        """First Ctrl-C (or SIGTERM): save and end after this row. Second: end now."""
+
+        def stop(number, frame):
+            self._interrupted += 1
+            if self._interrupted > 1:
+                raise KeyboardInterrupt
+            print("\nstopping: saving a checkpoint (press Ctrl-C again to quit now)", file=sys.stderr, flush=True)
+
+        old = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                old[number] = signal.signal(number, stop)
+        except ValueError:  # not in the main thread: whoever runs us handles signals
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def train(config: TrainConfig | dict | str | Path, *, resume: bool = False, observe: Observer | None = None) -> RunResult:
+    """Train an adapter as a `TrainConfig`, a mapping or a YAML file says, and return how it went."""
+    if isinstance(config, (str, Path)):
+        config = TrainConfig.load(config)
+    elif isinstance(config, dict):
+        config = TrainConfig.from_dict(config)
+    elif not isinstance(config, TrainConfig):
+        raise VeneerError(f"train takes a TrainConfig, a mapping or a YAML file, not {type(config).__name__}")
+    return Trainer(config, observe=observe).run(resume=resume)
+
+
+def _memory(model: torch.nn.Module) -> int:
+    """Peak bytes: the GPU allocator's, or the process's resident memory now."""
+    device = next(model.parameters()).device
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

@@ -1,0 +1,195 @@
+"""What a run needs before its first step: base, data, order of examples, directory, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from veneer.base.load import load_base
+from veneer.base.paths import cache_dir
+from veneer.config import OptimConfig, TrainConfig
+from veneer.data.example import TokenizedExample
+from veneer.data.load import content_hash, read_examples
+from veneer.data.prepare import Counts, PreparedData, prepare
+from veneer.errors import DataError, RunError
+from veneer.formats.peft import base_record
+from veneer.version import __version__
+
+MAY_CHANGE = {"out", "device", "train.save_every", "train.keep_checkpoints", "train.log_to"}
+"""Keys that a resumed run may set anew: they do not change its result."""
+
+
+class Subset(Sequence):
+    """Some examples of prepared data, by index."""
+
+    def __init__(self, data: PreparedData, indices: np.ndarray) -> None:
+        self.data, self.indices = data, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> TokenizedExample:
+        return self.data[int(self.indices[i])]
+
+
+@dataclass
+class Setup:
+    """A loaded base and tokenised data. `heldout` is None where there is none."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    train: Sequence[TokenizedExample]
+    heldout: Sequence[TokenizedExample] | None
+    train_key: str
+    counts: dict[str, Counts]
+    base: dict[str, Any]
+
+    def steps_per_epoch(self, options: OptimConfig) -> int:
+        """Optimiser steps in one pass; the last batch may be smaller."""
+        return -(-len(self.train) // options.batch_size)
+
+    def total_steps(self, options: OptimConfig) -> int:
+        """Optimiser steps of the whole run, at least one."""
+        steps = max(1, round(options.epochs * self.steps_per_epoch(options)))
+        return min(steps, options.max_steps or steps)
+
+    def batch(self, step: int, config: TrainConfig) -> list[int]:
+        """Indices of the examples of step `step` (from 0): each epoch is a permutation that its number seeds."""
+        per_epoch, size = self.steps_per_epoch(config.train), config.train.batch_size
+        epoch, at = divmod(step, per_epoch)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(self.train))
+        return order[at * size : (at + 1) * size].tolist()
+
+    def provenance(self, config: TrainConfig) -> dict[str, Any]:
+        """What went into a run: versions, base, data and template hashes, seed."""
+        template = self.tokenizer.chat_template or ""
+        return {
+            "veneer": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seed": config.seed,
+            "base": self.base,
+            "template_hash": hashlib.sha256(str(template).encode()).hexdigest(),
+            "data": {
+                "train": {"hash": self.train_key, "examples_used": len(self.train), "counts": asdict(self.counts["train"])},
+                "heldout": {
+                    "examples_used": len(self.heldout) if self.heldout else 0,
+                    "counts": asdict(self.counts["heldout"]) if "heldout" in self.counts else None,
+                },
+            },
+        }
+
+
+def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
+    """Load the base, read and tokenise the data, split off the held-out part."""
+    model, tokenizer = load_base(
+        config.model, dtype=config.dtype, device=config.device, chat_template=config.data.chat_template
+    )
+    train = load_data(config, config.data.train, tokenizer, "training", note)
+    counts = {"train": train.counts}
+    heldout: Sequence[TokenizedExample] | None = None
+    used: Sequence[TokenizedExample] = train
+    if config.data.heldout is not None:
+        heldout = load_data(config, config.data.heldout, tokenizer, "held-out", note)
+        counts["heldout"] = heldout.counts
+    elif config.data.heldout_fraction:
+        order = np.random.default_rng([config.seed, 1 << 20]).permutation(len(train))
+        cut = max(1, round(len(train) * config.data.heldout_fraction))
+        if cut >= len(train):
+            raise DataError(f"data.heldout_fraction {config.data.heldout_fraction} leaves none of {len(train)} to train on")
+        heldout, used = Subset(train, order[:cut]), Subset(train, np.sort(order[cut:]))
+    return Setup(model, tokenizer, used, heldout, train.key, counts, base_record(model))
+
+
+def load_data(
+    config: TrainConfig, sources: str | list[str], tokenizer: Any, what: str, note: Callable[[str], None]
+) -> PreparedData:
+    """Read and tokenise one set of sources, saying what was found and what was left out."""
+    options = config.data
+    reader = read_examples(
+        sources, format=options.format, on_bad_row=options.on_bad_row, split=options.split, limit=options.limit
+    )
+    identity = f"{content_hash(sources)} {options.format} {options.on_bad_row} {options.split} {options.limit}"
+    data = prepare(
+        reader,
+        tokenizer,
+        content_hash=identity,
+        cache_dir=cache_dir() / "tokenized",
+        train_on=options.train_on,
+        max_length=options.max_length,
+        on_long=options.on_long,
+    )
+    c = data.counts
+    note(f"{what} data: {c.examples:,} examples, {c.tokens:,} tokens, {c.supervised_tokens:,} supervised")
+    for number, text in (
+        (reader.skipped, "bad rows skipped (--on-bad-row skip)"),
+        (c.truncated, "examples cut to data.max_length"),
+        (c.split, "examples split at data.max_length"),
+        (c.end_of_turn_untrained, "examples without a trained end-of-turn token: the model may not learn to stop"),
+        (c.double_bos, "examples start with two BOS tokens: the template and the data both write one"),
+        *((number, f"dropped: {reason}") for reason, number in c.dropped.items()),
+    ):
+        if number:
+            note(f"warning: {what} data: {number:,} {text}")
+    return data
+
+
+def check_out(out: Path, resume: bool = False) -> None:
+    """Check that the run directory is free, or with `resume` that it holds a run. Raises `RunError`."""
+    started = (out / "config.yaml").exists()
+    if resume and not started:
+        raise RunError(f"{out} holds no run to resume")
+    if not resume and started:
+        raise RunError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+    if not resume and out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
+        raise RunError(f"{out} exists and is not empty: choose another --out")
+
+
+def start_directory(out: Path, resume: bool) -> None:
+    """`check_out`, then make the directory."""
+    check_out(out, resume)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create {out}: {error.strerror}") from None
+
+
+def check_resumable(out: Path, config: TrainConfig, setup: Setup) -> None:
+    """Refuse to resume with another configuration, other data or another base than the run began with."""
+    old, new = _flat(TrainConfig.load(out / "config.yaml").model_dump()), _flat(config.model_dump())
+    changed = [key for key in new if new[key] != old.get(key) and key not in MAY_CHANGE]
+    if changed:
+        listed = ", ".join(f"{key} ({old.get(key)!r} → {new[key]!r})" for key in changed)
+        raise RunError(f"{out} was started with another configuration: {listed}; resume with the old one or start anew")
+    try:
+        record = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{out}/provenance.json cannot be read: {error}") from None
+    if record["data"]["train"]["hash"] != setup.train_key:
+        raise RunError(f"the training data, tokenizer or template is not what {out} was started with: start anew")
+    if record["base"]["fingerprint"] != setup.base["fingerprint"]:
+        raise RunError(f"{config.model} is not the base that {out} was started with")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and not key.endswith("_pattern"):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

@@ -1,0 +1,94 @@
+"""Checkpoints: all that a run needs to go on bit for bit, written atomically, with no pickle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from veneer.adapter.attach import get_bank
+from veneer.errors import AdapterFormatError, RunError
+from veneer.files import new_directory, remove_leftovers
+from veneer.formats.peft import TENSORS, adapter_tensors, read_tensors, save_adapter
+
+STATE, MOMENTS = "state.json", "optimizer.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands after `step` optimiser steps. Data order, dropout and schedule follow from `step`."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evals_without_gain: int = 0
+    stopped_early: bool = False
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Progress, keep: int) -> Path:
+    """Write checkpoints/step-N in one step, then drop the oldest beyond `keep`. Raises `RunError` (disk)."""
+    path = run / "checkpoints" / f"step-{state.step:08d}"
+    with new_directory(path) as folder:
+        save_adapter(model, folder / "adapter")
+        save_file(_moments(model, optimizer), folder / MOMENTS)
+        (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint's weights and moments into a model that has the adapter attached; `RunError` if damaged."""
+    try:
+        state = Progress(**json.loads((path / STATE).read_text(encoding="utf-8")))
+        tensors, moments = read_tensors(path / "adapter"), load_file(path / MOMENTS)
+    except (OSError, ValueError, TypeError, SafetensorError, AdapterFormatError) as error:
+        raise RunError(f"checkpoint {path} is damaged: {error}") from None
+    bank = get_bank(model)
+    own = adapter_tensors(bank, bank.names[0])
+    if {k: v.shape for k, v in own.items()} != {"base_model.model." + k: v.shape for k, v in tensors.items()}:
+        raise RunError(f"checkpoint {path} does not hold this run's adapter: {TENSORS} has other tensors")
+    parameters = bank.parameters(bank.names[0])
+    with torch.no_grad():
+        for parameter, key in zip(parameters.values(), own):
+            parameter.copy_(tensors[key.removeprefix("base_model.model.")])
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {
+            "step": moments[f"{name}.step"],
+            "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device),
+            "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device),
+        }
+        if parameter.is_cuda:  # the fused kernel wants its step counter beside the weights
+            optimizer.state[parameter]["step"] = moments[f"{name}.step"].to(parameter.device)
+    return state
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    bank = get_bank(model)
+    return {
+        f"{name}.{key}": optimizer.state[parameter][key].detach().to("cpu", copy=True).contiguous()
+        for name, parameter in bank.parameters(bank.names[0]).items()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def tidy(run: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for directory in (run, run / "checkpoints"):
+        if directory.is_dir():
+            remove_leftovers(directory)
