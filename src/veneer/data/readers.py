@@ -22,6 +22,7 @@ from veneer.data.rows import Row, RowError, kind
 from veneer.errors import DataError
 
 BATCH_ROWS = 256
+BUFFER_BYTES = 1 << 20
 BUNDLED = {"bundled": "train", "bundled:heldout": "heldout"}
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NOT_UTF8 = "not valid UTF-8"
@@ -242,7 +243,8 @@ def _read_parquet(path: Path, label: str, split: str) -> Iterator[RowOrError]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        # Without these two a whole row group is held: 265 MiB instead of 31 for one of 230 MiB.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
             batches = file.iter_batches(batch_size=BATCH_ROWS)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, values in enumerate(rows, 1):
