@@ -1,1 +1,54 @@
-"""Veneer: low-rank adaptation of large models on one ordinary machine."""
+"""Veneer: low-rank adaptation of large models on one ordinary machine.
+
+    model, tokenizer = veneer.load_base("smollm2-135m-instruct")
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=16, alpha=32))
+    veneer.save_adapter(model, "my-adapter")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from veneer.version import __version__
+
+if TYPE_CHECKING:
+    from veneer.adapter.attach import attach, detach, get_bank
+    from veneer.base.generate import generate, stream
+    from veneer.base.load import load_base
+    from veneer.config import AdapterConfig, DataConfig, OptimConfig, TrainConfig
+    from veneer.data.load import read_examples
+    from veneer.data.prepare import prepare
+    from veneer.errors import VeneerError
+    from veneer.formats.peft import load_adapter, save_adapter
+    from veneer.train.loop import Trainer, train
+
+_WHERE = {
+    "attach": "adapter.attach",
+    "detach": "adapter.attach",
+    "get_bank": "adapter.attach",
+    "generate": "base.generate",
+    "stream": "base.generate",
+    "load_base": "base.load",
+    "AdapterConfig": "config",
+    "DataConfig": "config",
+    "OptimConfig": "config",
+    "TrainConfig": "config",
+    "read_examples": "data.load",
+    "prepare": "data.prepare",
+    "VeneerError": "errors",
+    "load_adapter": "formats.peft",
+    "save_adapter": "formats.peft",
+    "Trainer": "train.loop",
+    "train": "train.loop",
+}
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str):
+    """Import on first use: `veneer --help` must not wait for torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    return getattr(import_module(f"veneer.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
