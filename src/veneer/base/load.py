@@ -1,0 +1,238 @@
+"""Load a frozen base model and its tokenizer: from Veneer's catalogue, a directory, a GGUF file or a hub."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from veneer.base.catalog import CATALOG, fetch
+from veneer.base.quiet import quiet_transformers
+from veneer.errors import BaseModelError, ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+HUB_SECONDS = 4.0
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """Where a base came from: the name that the user gave, and the directory or hub id it was read from."""
+
+    name_or_path: str
+    source: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What to hand to from_pretrained."""
+
+    where: str
+    options: dict[str, Any]
+
+
+def load_base(
+    name_or_path: str | Path,
+    *,
+    dtype: Any = "auto",
+    device: str = "auto",
+    chat_template: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A frozen causal language model in eval mode, and its tokenizer.
+
+    `name_or_path` is a name of the catalogue, a directory, a GGUF file or a hub id. dtype "auto" is float32 on a CPU,
+    bfloat16 on a GPU that has it, else float16. Raises `BaseModelError` (not found, damaged, hub out of reach: within
+    10 seconds) and `ConfigError` (dtype, device, template file).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    source = locate(str(name_or_path), revision)
+    tokenizer = _tokenizer(source, str(name_or_path), chat_template, trust_remote_code)
+    options = source.options | {"trust_remote_code": trust_remote_code}
+    with quiet_transformers(), _one_line(str(name_or_path), "model"):
+        model, notes = AutoModelForCausalLM.from_pretrained(
+            source.where, dtype=kind, output_loading_info=True, **options
+        )
+    if notes.get("missing_keys"):
+        missing = sorted(notes["missing_keys"])
+        raise BaseModelError(f"{name_or_path}: {len(missing)} weights are missing, first {missing[0]}")
+    if "gguf_file" in options:
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    if not getattr(model, "hf_device_map", None):
+        model.to(torch.device(place))
+    model.requires_grad_(False)
+    model.eval()
+    model.veneer_base = BaseInfo(str(name_or_path), source.where, revision)
+    return model, tokenizer
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, chat_template: str | Path | None = None, revision: str | None = None
+) -> Any:
+    """The tokenizer of a base alone; see `load_base`."""
+    return _tokenizer(locate(str(name_or_path), revision), str(name_or_path), chat_template, False)
+
+
+def pick_device(device: str) -> str:
+    """Resolve "auto"; `ConfigError` for a device that is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(f"device {device!r}: use auto, cpu, cuda, cuda:N or mps") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}: this machine or this build of torch has no CUDA; use device: cpu")
+    return device
+
+
+def pick_dtype(dtype: Any, device: str) -> Any:
+    """Resolve "auto" and names to a torch.dtype."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float16
+
+
+def locate(name: str, revision: str | None = None) -> _Source:
+    """Find what a name means, in this order: catalogue, directory, GGUF file, hub id."""
+    if name in CATALOG:
+        return _Source(str(fetch(name, lambda text: print(text, file=sys.stderr, flush=True))), {"local_files_only": True})
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _directory(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise BaseModelError(f"{name}: a model is a directory or a .gguf file, not a single {path.suffix or 'file'}")
+        return _Source(str(path.parent), {"gguf_file": path.name, "local_files_only": True})
+    if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+        raise BaseModelError(f"{name}: no such directory or file{_near(path)}")
+    near = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0.7)
+    if "/" not in name and near:
+        raise BaseModelError(f"no model {name!r}; did you mean {near[0]!r}?")
+    return _hub(name, revision)
+
+
+def _directory(path: Path) -> _Source:
+    if (path / "config.json").exists():
+        return _Source(str(path), {"local_files_only": True})
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return _Source(str(path), {"gguf_file": ggufs[0].name, "local_files_only": True})
+    if ggufs:
+        raise BaseModelError(f"{path} holds {len(ggufs)} GGUF files: name one, such as {ggufs[0]}")
+    if (path / "adapter_config.json").exists():
+        raise BaseModelError(f"{path} is an adapter, not a base model: give its base as --model")
+    raise BaseModelError(f"{path} is no model: it has neither config.json nor a .gguf file{_near(path)}")
+
+
+def _near(path: Path) -> str:
+    try:
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError:
+        names = []
+    near = [n for n in difflib.get_close_matches(path.name, names, n=3) if n != path.name]
+    return f"; near misses: {', '.join(near)}" if near else ""
+
+
+def _hub(name: str, revision: str | None) -> _Source:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    options = {"revision": revision} if revision else {}
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    if offline or not hub_reachable():
+        if isinstance(cached, str):
+            return _Source(name, options | {"local_files_only": True})
+        reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        raise BaseModelError(
+            f"{name} is no local directory and not in the hub's cache, and {reason}: download it where there is a "
+            f"network and pass its directory, or use {next(iter(CATALOG))}"
+        )
+    return _Source(name, options)
+
+
+def hub_reachable(seconds: float = HUB_SECONDS) -> bool:
+    """Whether the hub answers a connection within `seconds`; name look-ups that hang are cut off too."""
+    from huggingface_hub.constants import ENDPOINT
+
+    proxies = [os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")]
+    address = urlsplit(next((p for p in proxies if p), ENDPOINT))
+    port = address.port or (443 if address.scheme == "https" else 80)
+
+    def connect() -> bool:
+        try:
+            socket.create_connection((address.hostname, port), timeout=seconds).close()
+            return True
+        except OSError:
+            return False
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(connect).result(timeout=seconds)
+    except FutureTimeout:
+        return False
+    finally:
+        pool.shutdown(wait=False)
+
+
+def _tokenizer(source: _Source, name: str, chat_template: str | Path | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    with quiet_transformers(), _one_line(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.where, trust_remote_code=trust_remote_code, **source.options
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"chat template {chat_template}: {error.strerror}") from None
+    return tokenizer
+
+
+class _one_line:
+    """Turn whatever loading raises into one line that names the model and the likely cause."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self.name, self.what = name, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if error is None or not isinstance(error, Exception) or isinstance(error, BaseModelError):
+            return False
+        text = " ".join(str(error).split())
+        if type(error).__name__ == "SafetensorError":
+            text = f"a weights file is damaged or cut short ({text}): download it again"
+        raise BaseModelError(f"{self.name}: cannot load the {self.what}: {text[:300]}") from error
+
+
