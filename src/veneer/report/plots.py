@@ -130,13 +130,15 @@ def _inline(svg: str, title: str) -> str:
     """Cut what an HTML page does not need: prolog, metadata, fixed size, ids that would repeat between plots."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[a-z]+[\d]*_\d+"', "", svg)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)
+    svg = re.sub(r"font-family: [^;]*;", "font-family: system-ui, sans-serif;", svg)
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
     box = re.search(r'viewBox="[^"]*"', svg)
     start = (
-        f'<svg {box[0] if box else ""} role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg" '
+        f'<svg {box[0] if box else ""} role="img" aria-label="{escape(title)}" '
+        f'stroke-linejoin="round" xmlns="http://www.w3.org/2000/svg" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink"><title>{escape(title)}</title>'
     )
     svg = start + svg[svg.index(">") + 1 :]
-    svg = svg.replace("'DejaVu Sans', ", "").replace(NEUTRAL, "currentColor")
-    return re.sub(r"\n\s*", "\n", svg).strip()
+    return re.sub(r"\s*\n\s*", "\n", svg.replace(NEUTRAL, "currentColor")).strip()
