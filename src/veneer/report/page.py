@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,42 +13,12 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
-from veneer.errors import RunError, VeneerError
-from veneer.report import plots
-from veneer.train.metrics import FILE_NAME, read_metrics
+from veneer.errors import RunError
+from veneer.report import plots, text
+from veneer.report.run import RunFiles, is_number, mapping, numbers, read_run
 
-FILES = ("config.yaml", "provenance.json", FILE_NAME)
-SCORE_NAMES = {"valid_json": "valid JSON", "exact_match": "exact match", "field_f1_mean": "field F1, mean"}
-
-
-@dataclass
-class RunFiles:
-    """What a run directory holds; parts that are not there yet are empty, damaged ones are named in `problems`."""
-
-    path: Path
-    config: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    eval: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-
-def read_run(run_dir: str | Path) -> RunFiles:
-    """Read a run directory. Raises `RunError` if it is none."""
-    path = Path(run_dir)
-    if not path.is_dir():
-        raise RunError(f"{path}: no such run directory")
-    if not any((path / name).exists() for name in FILES):
-        raise RunError(f"{path}: not a run directory (it has none of {', '.join(FILES)})")
-    run = RunFiles(path)
-    run.config = _read(run, "config.yaml", yaml.safe_load)
-    run.provenance = _read(run, "provenance.json", json.loads)
-    run.eval = _read(run, "eval.json", json.loads)
-    try:
-        run.metrics = read_metrics(path)
-    except VeneerError as error:
-        run.problems.append(str(error))
-    return run
+SCORE_NAMES = {"valid_json": "Valid JSON", "exact_match": "Exact match", "field_f1_mean": "Field F1, mean"}
+COUNTED = ("valid_json", "exact_match")  # shares of the examples, so that share × n is a count
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -59,7 +27,7 @@ def write_report(run_dir: str | Path) -> Path:
     target = run.path / "report.html"
     temporary = target.with_name("report.html.tmp")
     try:
-        temporary.write_text(render(run), encoding="utf-8")
+        temporary.write_text(render(run), encoding="utf-8", errors="replace")
         os.replace(temporary, target)
     except OSError as error:
         raise RunError(f"{target}: cannot write the report: {error.strerror}") from None
@@ -75,31 +43,56 @@ def render(run: RunFiles) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "size": size, "plain": plain}
+    environment.filters |= {
+        "number": text.number,
+        "percent": text.percent,
+        "size": text.size,
+        "duration": text.duration,
+    }
     curves = {
         "loss": plots.loss_plot(run.metrics),
         "lr": plots.lr_plot(run.metrics),
         "speed": plots.speed_plot(run.metrics),
     }
     return environment.get_template("page.html").render(
-        run=run,
         name=run.path.resolve().name,
-        base=base_name(run),
-        adapter=_mapping(run.provenance.get("adapter")),
+        problems=run.problems,
+        facts=facts(run),
+        adapter=adapter(run),
         progress=progress(run),
         scores=score_rows(run.eval),
+        evaluation=run.eval,
         samples=sample_rows(run.eval),
         data=data_rows(run),
         curves={name: Markup(svg) for name, svg in curves.items() if svg},
         config_yaml=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
         provenance_json=json.dumps(run.provenance, indent=2, ensure_ascii=False) if run.provenance else "",
         commands=commands(run),
+        provenance=run.provenance,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
-def base_name(run: RunFiles) -> str:
-    return str(_mapping(run.provenance.get("base")).get("name_or_path") or run.config.get("model") or "unknown base")
+def facts(run: RunFiles) -> list[str]:
+    """What stands under the title: adapter settings and the time of the start."""
+    config, done = mapping(run.config.get("adapter")), []
+    if config.get("rank"):
+        done.append(f"rank {config['rank']}")
+    if config.get("alpha"):
+        done.append(f"alpha {text.number(config['alpha'])}{' (rsLoRA)' if config.get('rslora') else ''}")
+    targets = config.get("target_modules")
+    if targets:
+        done.append(f"targets {', '.join(map(str, targets)) if isinstance(targets, list) else targets}")
+    if run.provenance.get("started"):
+        done.append(f"started {str(run.provenance['started'])[:16].replace('T', ' ')}")
+    return [f"LoRA adapter for {run.base_name or 'an unknown base'}", *done]
+
+
+def adapter(run: RunFiles) -> dict[str, Any]:
+    """The adapter's counts and its targets, as the trainer noted them."""
+    values = mapping(run.provenance.get("adapter"))
+    targets = values.get("targets")
+    return {**values, "targets": [mapping(target) for target in targets] if isinstance(targets, list) else []}
 
 
 def progress(run: RunFiles) -> dict[str, Any]:
@@ -110,167 +103,116 @@ def progress(run: RunFiles) -> dict[str, Any]:
     done: dict[str, Any] = {}
     if train:
         done["steps"] = train[-1].get("step")
-        done["seconds"] = sum(record.get("seconds") or 0 for record in train)
-        done["tokens"] = sum(record.get("tokens") or 0 for record in train)
-        done["memory"] = max((record.get("memory_bytes") or 0 for record in train), default=0)
+        done["seconds"] = sum(numbers(train, "seconds"))
+        done["tokens"] = sum(numbers(train, "tokens"))
+        done["memory"] = max(numbers(train, "memory_bytes"), default=0)
         done["not_finite"] = [record.get("step") for record in train if "loss_text" in record]
     if losses:
         done["first_loss"], done["last_loss"] = losses[0][1], losses[-1][1]
     if heldout:
-        done["heldout_first"], done["heldout_last"] = heldout[0][1], heldout[-1][1]
         done["best_step"], done["heldout_best"] = min(heldout, key=lambda point: point[1])
+        done["heldout_first"] = heldout[0][1]
     return done
 
 
 def score_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows (name, base, adapter, count of each, is a field) of the before/after table; [] without an evaluation."""
-    before, after = _mapping(evaluation.get("base")), _mapping(evaluation.get("adapter"))
+    """Rows (name, base, adapter, counts, field or not) of the before/after table; [] without an evaluation."""
+    sides = {side: mapping(evaluation.get(side)) for side in ("base", "adapter")}
     rows = []
     for key, name in SCORE_NAMES.items():
-        if _number(before.get(key)) or _number(after.get(key)):
-            rows.append({"key": key, "name": name, "base": before.get(key), "adapter": after.get(key)})
-    for row in rows:
-        for side, scores in (("base", before), ("adapter", after)):
-            if row["key"] != "field_f1_mean" and _number(scores.get("n")) and _number(row[side]):
+        row: dict[str, Any] = {"name": name}
+        for side, scores in sides.items():
+            row[side] = _score(scores.get(key))
+            if key in COUNTED and row[side] is not None and is_number(scores.get("n")):
                 row[f"{side}_count"] = f"{round(row[side] * scores['n'])} of {scores['n']}"
-    fields_before, fields_after = _mapping(before.get("field_f1")), _mapping(after.get("field_f1"))
-    for name in dict.fromkeys([*fields_before, *fields_after]):
-        rows.append({"name": name, "base": fields_before.get(name), "adapter": fields_after.get(name), "field": True})
-    return rows
+        rows.append(row)
+    fields = {side: mapping(scores.get("field_f1")) for side, scores in sides.items()}
+    for name in dict.fromkeys([*fields["base"], *fields["adapter"]]):
+        rows.append({"name": name, "field": True} | {side: _score(fields[side].get(name)) for side in sides})
+    return [row for row in rows if row["base"] is not None or row["adapter"] is not None]
 
 
 def sample_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """The paired samples, each answer with whether it agrees with the reference and where it does not."""
     samples = evaluation.get("samples")
     rows = []
-    for sample in samples if isinstance(samples, list) else []:
-        sample = _mapping(sample)
-        reference = str(sample.get("reference", ""))
-        prompt = sample.get("prompt")
-        turns = [_mapping(turn) for turn in prompt] if isinstance(prompt, list) else [{"content": prompt}]
+    for sample in map(mapping, samples if isinstance(samples, list) else []):
+        reference, prompt = str(sample.get("reference", "")), sample.get("prompt")
+        turns = [mapping(turn) for turn in prompt] if isinstance(prompt, list) else [{"content": prompt}]
         answers = [
             {"who": who, "text": str(sample[key]), **compare(str(sample[key]), reference)}
             for key, who in (("base", "Base"), ("adapter", "With adapter"))
             if key in sample
         ]
-        rows.append({"turns": turns, "reference": reference, "answers": answers})
-    return rows
-
-
-def compare(answer: str, reference: str) -> dict[str, Any]:
-    """Whether an answer equals the reference, as JSON where both are, and which fields of it differ."""
-    try:
-        expected = json.loads(reference)
-    except ValueError:
-        return {"right": answer.strip() == reference.strip(), "why": "differs"}
-    try:
-        found = json.loads(answer)
-    except ValueError:
-        return {"right": False, "why": "differs" if not isinstance(expected, (dict, list)) else "not valid JSON"}
-    if not (isinstance(found, dict) and isinstance(expected, dict)):
-        return {"right": found == expected, "why": "differs"}
-    wrong = [key for key in dict.fromkeys([*expected, *found]) if _differs(found, expected, key)]
-    return {"right": not wrong, "why": "differs in " + ", ".join(wrong)}
-
-
-def data_rows(run: RunFiles) -> list[dict[str, Any]]:
-    """One row for each data part, with what was cut or left out as warnings."""
-    rows = []
-    for part, values in _mapping(run.provenance.get("data")).items():
-        counts = _mapping(_mapping(values).get("counts"))
-        dropped = counts.get("dropped")
-        reasons = dropped if isinstance(dropped, dict) else {"dropped": dropped}
-        warnings = [f"{number(count)} {str(reason).replace('_', ' ')}" for reason, count in reasons.items() if count]
         rows.append(
             {
-                "part": {"train": "training", "heldout": "held-out"}.get(part, part),
-                "source": _mapping(run.config.get("data")).get(part),
-                "counts": counts,
-                "hash": _mapping(values).get("hash"),
-                "truncated": counts.get("truncated"),
-                "dropped": warnings,
+                "turns": [{"role": str(turn.get("role", "prompt")), "content": turn.get("content")} for turn in turns],
+                "reference": reference,
+                "answers": answers,
             }
         )
     return rows
 
 
-def commands(run: RunFiles) -> list[tuple[str, str]]:
-    """(what for, shell command or code) to repeat, try, score and use the run."""
+def compare(answer: str, reference: str) -> dict[str, Any]:
+    """Whether an answer equals the reference, as JSON where that is an object or list, and which fields differ."""
+    expected = _json(reference)
+    if not isinstance(expected, (dict, list)):
+        return {"right": answer.strip() == reference.strip(), "why": "differs"}
+    found = _json(answer)
+    if not isinstance(found, (dict, list)):
+        return {"right": False, "why": "not valid JSON" if found is None else "differs"}
+    if not (isinstance(found, dict) and isinstance(expected, dict)):
+        return {"right": found == expected, "why": "differs"}
+    missing = object()
+    keys = dict.fromkeys([*expected, *found])
+    wrong = [key for key in keys if found.get(key, missing) != expected.get(key, missing)]
+    return {"right": not wrong, "why": "differs in " + ", ".join(wrong)}
+
+
+def data_rows(run: RunFiles) -> list[dict[str, Any]]:
+    """One row for each part of the data, with what was cut or left out."""
+    rows = []
+    for part, values in mapping(run.provenance.get("data")).items():
+        counts = mapping(mapping(values).get("counts"))
+        dropped = counts.get("dropped")
+        reasons = dropped if isinstance(dropped, dict) else {"dropped": dropped}
+        source = mapping(run.config.get("data")).get(part)
+        tokens, supervised = counts.get("tokens"), counts.get("supervised_tokens")
+        rows.append(
+            {
+                "part": {"train": "Training", "heldout": "Held-out"}.get(part, part),
+                "source": ", ".join(map(str, source)) if isinstance(source, list) else source,
+                "counts": counts,
+                "share": supervised / tokens if is_number(tokens) and is_number(supervised) and tokens else None,
+                "hash": str(mapping(values).get("hash") or "")[:16],
+                "dropped": [f"{text.number(n)} {str(why).replace('_', ' ')}" for why, n in reasons.items() if n],
+            }
+        )
+    return rows
+
+
+def commands(run: RunFiles) -> dict[str, str]:
+    """Shell commands to repeat, try and score the run; paths from the current directory where it lies below."""
     try:
         path = run.path.resolve().relative_to(Path.cwd())
     except ValueError:
         path = run.path
-    quoted, adapter = shlex.quote(str(path)), shlex.quote(str(path / "adapter"))
-    base = base_name(run)
-    return [
-        (
-            "Train it again",
-            f"veneer train {shlex.quote(str(path / 'config.yaml'))} --out {shlex.quote(f'{path}-again')}",
-        ),
-        ("Talk to it", f"veneer chat {adapter}"),
-        ("Score it against its base", f"veneer eval {quoted}"),
-        (
-            "Use it from Python with PEFT",
-            "from transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({base!r})\n"
-            f"model = PeftModel.from_pretrained(model, {str(path / 'adapter')!r})",
-        ),
-    ]
+    adapter_path = str(path / "adapter")
+    return {
+        "train": shlex.join(["veneer", "train", str(path / "config.yaml"), "--out", f"{path}-again"]),
+        "chat": shlex.join(["veneer", "chat", adapter_path]),
+        "eval": shlex.join(["veneer", "eval", str(path)]),
+        "peft": f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {adapter_path!r})",
+    }
 
 
-def number(value: Any) -> str:
-    """A count or a measurement for people: thousands separated, four significant digits; "–" for none."""
-    if not _number(value):
-        return "–" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+def _score(value: Any) -> float | None:
+    return value if is_number(value) else None
 
 
-def percent(value: Any) -> str:
-    return f"{100 * value:.1f} %" if _number(value) else "–"
-
-
-def size(value: Any) -> str:
-    """Bytes for people, in powers of 1024."""
-    if not _number(value):
-        return "–"
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} GiB"
-
-
-def plain(seconds: Any) -> str:
-    """A duration for people."""
-    if not _number(seconds):
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
-
-
-def _differs(found: dict[str, Any], expected: dict[str, Any], key: str) -> bool:
-    return key not in found or key not in expected or found[key] != expected[key]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _read(run: RunFiles, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _json(value: str) -> Any:
     try:
-        values = parse((run.path / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, yaml.YAMLError):
-        values = None
-    if not isinstance(values, dict):
-        run.problems.append(f"{name} is damaged and was left out.")
-        return {}
-    return values
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None

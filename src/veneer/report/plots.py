@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import accumulate
 from typing import Any
 
 import matplotlib
@@ -14,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from veneer.report.run import is_number
 
 MAX_POINTS = 2000
 NEUTRAL = "#010203"  # stands for currentColor, which matplotlib does not know
@@ -38,7 +41,7 @@ def loss_plot(records: Sequence[dict[str, Any]]) -> str | None:
             axes.plot([step], [value], "o", color=ORANGE, markersize=9, fillstyle="none", label=f"best: {value:.3g}")
         axes.legend(frameon=False, labelcolor=NEUTRAL, loc="upper right")
 
-    return _svg("Loss by optimiser step", "loss (nats per token)", draw, size=(6.6, 4.2))
+    return _svg("Loss by optimiser step", "loss (nats per token)", draw, size=(6.6, 4.7))
 
 
 def lr_plot(records: Sequence[dict[str, Any]]) -> str | None:
@@ -76,17 +79,21 @@ def series(records: Sequence[dict[str, Any]], kind: str, key: str) -> Points:
     return [
         (record["step"], float(record[key]))
         for record in records
-        if record.get("type") == kind and _is_number(record.get("step")) and _is_number(record.get(key))
+        if record.get("type") == kind and is_number(record.get("step")) and is_number(record.get(key))
     ]
 
 
 def smooth(points: Points) -> Points:
-    """Exponential moving average, without the bias towards its start, over about a fifteenth of the points."""
-    decay = 1 - 2 / (max(len(points) / 15, 3) + 1)
-    done, total, weight = [], 0.0, 0.0
-    for step, value in points:
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        done.append((step, total / weight))
+    """Mean over the neighbours, a fifteenth of the points in all; fewer on both sides at the start, on one at the end.
+
+    Centred, so that it does not lag behind a falling loss as an exponential average does.
+    """
+    half = max(len(points) // 30, 1)
+    sums = [0.0, *accumulate(value for _, value in points)]
+    done = []
+    for i, (step, _) in enumerate(points):
+        first, last = i - min(i, half), min(i + min(i, half), len(points) - 1)
+        done.append((step, (sums[last + 1] - sums[first]) / (last + 1 - first)))
     return done
 
 
@@ -102,11 +109,7 @@ def _columns(points: Points) -> tuple[list[int], list[float]]:
     return [step for step, _ in kept], [value for _, value in kept]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _svg(title: str, y_label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.0, 2.7)) -> str:
+def _svg(title: str, y_label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.0, 2.3)) -> str:
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 12}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")

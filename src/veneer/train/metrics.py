@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON record a line, flushed as it happens, and its copies in TensorBoard, W&B or trackio.
 
-The file is the truth: a sink that fails while the run goes on is dropped with a warning, and a resumed run first drops what came after its
-checkpoint.
+The file is the truth: a sink that fails while the run goes on is dropped with a warning, and a resumed run first drops
+the records that came after its checkpoint.
 """
 
 from __future__ import annotations
