@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,40 +37,31 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(run: RunFiles) -> str:
     """The page as HTML; every value from the run is escaped."""
-    environment = Environment(
-        loader=PackageLoader("veneer", "report"),
-        autoescape=True,
-        undefined=ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": text.number,
-        "percent": text.percent,
-        "size": text.size,
-        "duration": text.duration,
-    }
     curves = {
         "loss": plots.loss_plot(run.metrics),
         "lr": plots.lr_plot(run.metrics),
         "speed": plots.speed_plot(run.metrics),
     }
-    return environment.get_template("page.html").render(
-        name=run.path.resolve().name,
-        problems=run.problems,
-        facts=facts(run),
-        adapter=adapter(run),
-        progress=progress(run),
-        scores=score_rows(run.eval),
-        evaluation=run.eval,
-        samples=sample_rows(run.eval),
-        data=data_rows(run),
-        curves={name: Markup(svg) for name, svg in curves.items() if svg},
-        config_yaml=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
-        provenance_json=json.dumps(run.provenance, indent=2, ensure_ascii=False) if run.provenance else "",
-        commands=commands(run),
-        provenance=run.provenance,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            name=run.path.resolve().name,
+            problems=run.problems,
+            facts=facts(run),
+            adapter=adapter(run),
+            progress=progress(run),
+            scores=score_rows(run.eval),
+            evaluation=run.eval,
+            samples=sample_rows(run.eval),
+            data=data_rows(run),
+            curves={name: Markup(svg) for name, svg in curves.items() if svg},
+            config_yaml=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else "",
+            provenance_json=json.dumps(run.provenance, indent=2, ensure_ascii=False) if run.provenance else "",
+            commands=commands(run),
+            provenance=run.provenance,
+            written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        )
     )
 
 
@@ -205,6 +197,24 @@ def commands(run: RunFiles) -> dict[str, str]:
         "eval": shlex.join(["veneer", "eval", str(path)]),
         "peft": f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {adapter_path!r})",
     }
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("veneer", "report"),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": text.number,
+        "percent": text.percent,
+        "size": text.size,
+        "duration": text.duration,
+    }
+    return environment
 
 
 def _score(value: Any) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 from veneer.report.run import is_number
 
 NONE = "–"
+NBSP = "\N{NO-BREAK SPACE}"
 
 
 def number(value: Any) -> str:
@@ -18,7 +19,7 @@ def number(value: Any) -> str:
 
 def percent(value: Any, digits: int = 1) -> str:
     """A share as a percentage, its parts held together."""
-    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%" if is_number(value) else NONE
+    return f"{100 * value:.{digits}f}{NBSP}%" if is_number(value) else NONE
 
 
 def size(value: Any) -> str:
@@ -27,9 +28,9 @@ def size(value: Any) -> str:
         return NONE
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:
-            return f"{value:.3g} {unit}"
+            return f"{value:.3g}{NBSP}{unit}"
         value /= 1024
-    return f"{value:.3g} GiB"
+    return f"{value:.3g}{NBSP}GiB"
 
 
 def duration(seconds: Any) -> str:
