@@ -1,0 +1,202 @@
+"""`veneer info`: what an adapter or a run is, from its small files and the tensors' header alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+
+from veneer.errors import AdapterFormatError, RunError
+from veneer.report import text
+from veneer.report.page import progress, score_rows
+from veneer.report.run import RunFiles, is_run, mapping, read_run
+
+CONFIG, TENSORS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
+FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
+
+
+@dataclass
+class Info:
+    """What `describe` finds; what a directory does not say is None or empty."""
+
+    kind: Literal["adapter", "run"]
+    path: str
+    base: str | None = None
+    ranks: list[int] = field(default_factory=list)
+    alphas: list[float] = field(default_factory=list)
+    scalings: list[float] = field(default_factory=list)
+    rslora: bool = False
+    dora: bool = False
+    targets: dict[str, int] = field(default_factory=dict)
+    modules: int = 0
+    modules_to_save: list[str] = field(default_factory=list)
+    parameters: int | None = None
+    bytes: int | None = None
+    dtypes: list[str] = field(default_factory=list)
+    steps: int | None = None
+    last_loss: float | None = None
+    heldout_best: float | None = None
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    report: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return asdict(self)
+
+
+def describe(path: str | Path) -> Info:
+    """Describe an adapter directory or a run directory.
+
+    Raises `AdapterFormatError` (missing or damaged adapter files) and `RunError` (neither of the two).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path}: no such directory")
+    if (path / CONFIG).exists() or (path / TENSORS).exists():
+        info = Info("adapter", str(path))
+        _add_adapter(info, path)
+        return info
+    if not is_run(path):
+        raise RunError(f"{path}: neither an adapter (no {CONFIG}) nor a run directory")
+    run = read_run(path)
+    info = Info("run", str(path), problems=list(run.problems))
+    if (path / "adapter").is_dir():
+        _add_adapter(info, path / "adapter")
+    _add_run(info, run)
+    return info
+
+
+def print_info(info: Info, console: Console) -> None:
+    """Print the fields that are known, one a line, then the scores."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in _lines(info):
+        table.add_row(Text(name, style="dim"), Text(value))
+    console.print(table)
+    if info.scores:
+        scores = Table(box=None, pad_edge=False, header_style="dim")
+        for name, side in (("Score", "left"), ("Base", "right"), ("With adapter", "right")):
+            scores.add_column(name, justify=side)
+        for row in info.scores:
+            name = f"  F1 of {row['name']}" if row.get("field") else row["name"]
+            scores.add_row(Text(name), text.percent(row["base"]), text.percent(row["adapter"]))
+        console.print()
+        console.print(scores)
+    for problem in info.problems:
+        console.print(Text(f"warning: {problem}", style="yellow"))
+
+
+def _lines(info: Info) -> list[tuple[str, str]]:
+    lines = [(info.kind, info.path), ("base", info.base or text.NONE)]
+    if info.modules:
+        kinds = [name for name, on in (("rsLoRA", info.rslora), ("DoRA", info.dora)) if on]
+        lines += [
+            ("rank", _listed(info.ranks)),
+            ("alpha", _listed(info.alphas)),
+            ("scaling", _listed(info.scalings) + (f" ({', '.join(kinds)})" if kinds else "")),
+            ("targets", ", ".join(f"{name} × {count}" for name, count in info.targets.items())),
+            ("modules", text.number(info.modules)),
+            ("parameters", f"{text.number(info.parameters)} ({', '.join(info.dtypes)}), {text.size(info.bytes)}"),
+        ]
+    elif info.kind == "run":
+        lines.append(("adapter", "not saved yet"))
+    if info.modules_to_save:
+        lines.append(("trained in full", ", ".join(info.modules_to_save)))
+    if info.steps is not None:
+        lines.append(("steps", text.number(info.steps)))
+    if info.last_loss is not None:
+        lines.append(("training loss", f"{text.number(info.last_loss)} (smoothed)"))
+    if info.heldout_best is not None:
+        lines.append(("held-out loss", f"{text.number(info.heldout_best)} (best)"))
+    if info.report:
+        lines.append(("report", info.report))
+    return lines
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(text.number(value) for value in values) or text.NONE
+
+
+def _add_run(info: Info, run: RunFiles) -> None:
+    done = progress(run)
+    info.base = info.base or run.base_name
+    info.steps, info.last_loss = done.get("steps"), done.get("last_loss")
+    info.heldout_best = done.get("heldout_best")
+    info.scores = score_rows(run.eval)
+    report = run.path / "report.html"
+    info.report = str(report) if report.exists() else None
+
+
+def _add_adapter(info: Info, path: Path) -> None:
+    config = _read_json(path / CONFIG)
+    shapes, dtypes = _read_header(path / TENSORS)
+    ranks: dict[str, int] = {}
+    rest = []
+    for key, shape in shapes.items():
+        found = FACTOR.match(key)
+        if not found:
+            rest.append(key)
+        elif found[3] == "A":
+            ranks[found[1]] = shape[0]
+    if not ranks:
+        raise AdapterFormatError(f"{path / TENSORS}: holds no lora_A tensor: not a LoRA adapter")
+    info.rslora, info.dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
+    alphas = {name: _alpha(config, name, path) for name in ranks}
+    roots = {name: math.sqrt(rank) if info.rslora else rank for name, rank in ranks.items()}
+    info.ranks = sorted(set(ranks.values()))
+    info.alphas = sorted(set(alphas.values()))
+    info.scalings = sorted({alphas[name] / roots[name] for name in ranks})
+    info.targets = dict(Counter(name.rpartition(".")[2] for name in ranks))
+    info.modules = len(ranks)
+    info.modules_to_save = [str(name) for name in config.get("modules_to_save") or []]
+    info.parameters = sum(math.prod(shape) for shape in shapes.values())
+    info.bytes = (path / TENSORS).stat().st_size
+    info.dtypes = dtypes
+    noted = _read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    base = mapping(noted.get("base")).get("name_or_path") or config.get("base_model_name_or_path")
+    info.base = str(base) if base else None
+
+
+def _alpha(config: dict[str, Any], name: str, path: Path) -> float:
+    """A module's alpha by PEFT's rule: the first pattern that matches the name or its ending, else lora_alpha."""
+    try:
+        for pattern, alpha in mapping(config.get("alpha_pattern")).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return float(alpha)
+        return float(config.get("lora_alpha", 8))
+    except (re.error, TypeError, ValueError) as error:
+        raise AdapterFormatError(f"{path / CONFIG}: lora_alpha or alpha_pattern is damaged: {error}") from None
+
+
+def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shapes by tensor name and the distinct dtypes, without loading a tensor."""
+    if not file.exists():
+        raise AdapterFormatError(f"{file} is missing")
+    try:
+        with safe_open(file, "pt") as data:
+            slices = {key: data.get_slice(key) for key in data.keys()}
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            return shapes, sorted({part.get_dtype() for part in slices.values()})
+    except (SafetensorError, OSError) as error:
+        raise AdapterFormatError(f"{file} is damaged or cut short: {error}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterFormatError(f"{file} is missing") from None
+    except (OSError, ValueError) as error:
+        raise AdapterFormatError(f"{file} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise AdapterFormatError(f"{file} is damaged: not an object")
+    return values
