@@ -1,8 +1,8 @@
 """Veneer: low-rank adaptation of large models on one ordinary machine.
 
-    model, tokenizer = veneer.load_base("smollm2-135m-instruct")
-    bank = veneer.attach(model, veneer.AdapterConfig(rank=16, alpha=32))
-    veneer.save_adapter(model, "my-adapter")
+model, tokenizer = veneer.load_base("smollm2-135m-instruct")
+bank = veneer.attach(model, veneer.AdapterConfig(rank=16, alpha=32))
+veneer.save_adapter(model, "my-adapter")
 """
 
 from importlib import import_module

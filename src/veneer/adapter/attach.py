@@ -62,6 +62,7 @@ def attach(
     `AdapterStateError` (name taken, or the model carries another library's adapter).
     """
     config = config or AdapterConfig()
+    check_free(model, name)
     targets = select(model, config)
     return install(model, config, targets, _factors(targets, config, seed), name)
 
@@ -70,7 +71,7 @@ def install(
     model: nn.Module, config: AdapterConfig, targets: list[Target], factors: list[tuple[Tensor, Tensor]], name: str
 ) -> Bank:
     """`attach` with the targets already chosen and their factors (lora_A, lora_B) given."""
-    _check_free(model, name)
+    check_free(model, name)
     kept = _modules_to_save(model, config, targets)
     biases = _biases(model, config, [target.name for target in targets])
     bank = model.__dict__.get(BANK) or _new_bank(model)
@@ -125,7 +126,8 @@ def report(bank: Bank, name: str = "default") -> AttachReport:
     return AttachReport(count, total + count, size, len(bank.entries[name].targets), targets)
 
 
-def _check_free(model: nn.Module, name: str) -> None:
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise `AdapterStateError` unless the model can take a further adapter of this name."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise AdapterStateError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
     bank = model.__dict__.get(BANK)
@@ -133,7 +135,9 @@ def _check_free(model: nn.Module, name: str) -> None:
         raise AdapterStateError(f"the model already has an adapter {name!r}: choose another name, or detach first")
     for path, module in model.named_modules():
         if type(module).__module__.split(".")[0] == "peft":
-            raise AdapterStateError(f"{path or 'the model'} is a PEFT {type(module).__name__}: unload PEFT's adapter first")
+            raise AdapterStateError(
+                f"{path or 'the model'} is a PEFT {type(module).__name__}: unload PEFT's adapter first"
+            )
         if isinstance(module, AdaptedLinear) and bank is None:
             raise AdapterStateError(f"{path} is already adapted, as part of another model: attach to that one")
 

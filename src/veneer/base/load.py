@@ -122,13 +122,17 @@ def pick_dtype(dtype: Any, device: str) -> Any:
 def locate(name: str, revision: str | None = None) -> _Source:
     """Find what a name means, in this order: catalogue, directory, GGUF file, hub id."""
     if name in CATALOG:
-        return _Source(str(fetch(name, lambda text: print(text, file=sys.stderr, flush=True))), {"local_files_only": True})
+        return _Source(
+            str(fetch(name, lambda text: print(text, file=sys.stderr, flush=True))), {"local_files_only": True}
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return _directory(path)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise BaseModelError(f"{name}: a model is a directory or a .gguf file, not a single {path.suffix or 'file'}")
+            raise BaseModelError(
+                f"{name}: a model is a directory or a .gguf file, not a single {path.suffix or 'file'}"
+            )
         return _Source(str(path.parent), {"gguf_file": path.name, "local_files_only": True})
     if name.startswith((".", "/", "~")) or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
         raise BaseModelError(f"{name}: no such directory or file{_near(path)}")
@@ -205,9 +209,7 @@ def _tokenizer(source: _Source, name: str, chat_template: str | Path | None, tru
     from transformers import AutoTokenizer
 
     with quiet_transformers(), _one_line(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.where, trust_remote_code=trust_remote_code, **source.options
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source.where, trust_remote_code=trust_remote_code, **source.options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if chat_template is not None:
@@ -234,5 +236,3 @@ class _one_line:
         if type(error).__name__ == "SafetensorError":
             text = f"a weights file is damaged or cut short ({text}): download it again"
         raise BaseModelError(f"{self.name}: cannot load the {self.what}: {text[:300]}") from error
-
-

@@ -18,9 +18,13 @@ HELP = "commands: /compare toggles the base beside the adapter Â· /system TEXT Â
 def command(
     path: Annotated[
         Path | None,
-        typer.Argument(help="A run or an adapter directory; leave out to chat with --model alone.", metavar="RUN_OR_ADAPTER"),
+        typer.Argument(
+            help="A run or an adapter directory; leave out to chat with --model alone.", metavar="RUN_OR_ADAPTER"
+        ),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Answer with base and adapter, one after the other.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer with base and adapter, one after the other.")
+    ] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,

@@ -21,7 +21,9 @@ def root() -> None:
 @app.command("inspect")
 def inspect(
     source: Annotated[list[str], typer.Argument(help="Files, folders, a hub data set, or 'bundled'; or a YAML file.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Whose tokenizer and chat template.")] = "smollm2-135m-instruct",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Whose tokenizer and chat template.")
+    ] = "smollm2-135m-instruct",
     heldout: Annotated[list[str] | None, typer.Option(help="Held-out data, to find duplicates with.")] = None,
     format: Annotated[str, typer.Option(help="auto, messages, sharegpt, alpaca, completion or text.")] = "auto",
     train_on: Annotated[str, typer.Option(help="assistant, last-assistant or all.")] = "assistant",

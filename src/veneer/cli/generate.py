@@ -63,12 +63,17 @@ def command(
     )
     cut = sum(a.finish_reason == "length" for a in answers)
     if cut:
-        err.print(f"warning: {cut} of {len(answers)} answers were cut off at --max-new-tokens {max_new_tokens}", style="yellow")
+        err.print(
+            f"warning: {cut} of {len(answers)} answers were cut off at --max-new-tokens {max_new_tokens}",
+            style="yellow",
+        )
     if prompt is not None and out is None:
         print(answers[0].text)
         return
     lines = "".join(
-        json.dumps({"prompt": p, "text": a.text, "tokens": a.tokens, "finish_reason": a.finish_reason}, ensure_ascii=False)
+        json.dumps(
+            {"prompt": p, "text": a.text, "tokens": a.tokens, "finish_reason": a.finish_reason}, ensure_ascii=False
+        )
         + "\n"
         for p, a in zip(asked, answers)
     )
@@ -95,7 +100,11 @@ def read_prompts(path: Path) -> list:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: broken JSON: {error}") from None
         value = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
-        if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, dict) and "role" in m and "content" in m for m in value)
+        ):
             while value and value[-1]["role"] == "assistant":
                 value = value[:-1]
         elif not isinstance(value, str):

@@ -11,23 +11,35 @@ import yaml
 from veneer.errors import ConfigError
 
 TASKS = {
-    "demo": ("the bundled task: a free-text message into a strict JSON object", {
-        "data": {"train": "bundled", "heldout": "bundled:heldout"},
-        "train": {"lr": 1e-3},
-        "out": "runs/demo",
-    }),
-    "chat": ("your conversations, in OpenAI's or ShareGPT's form", {
-        "data": {"train": "train.jsonl", "heldout_fraction": 0.1},
-        "out": "runs/chat",
-    }),
-    "instruct": ("instructions and answers, in Alpaca's form", {
-        "data": {"train": "train.json", "heldout_fraction": 0.1},
-        "out": "runs/instruct",
-    }),
-    "text": ("plain text, to continue in its style", {
-        "data": {"train": "text/", "heldout_fraction": 0.05, "max_length": 1024, "on_long": "split"},
-        "out": "runs/text",
-    }),
+    "demo": (
+        "the bundled task: a free-text message into a strict JSON object",
+        {
+            "data": {"train": "bundled", "heldout": "bundled:heldout"},
+            "train": {"lr": 1e-3},
+            "out": "runs/demo",
+        },
+    ),
+    "chat": (
+        "your conversations, in OpenAI's or ShareGPT's form",
+        {
+            "data": {"train": "train.jsonl", "heldout_fraction": 0.1},
+            "out": "runs/chat",
+        },
+    ),
+    "instruct": (
+        "instructions and answers, in Alpaca's form",
+        {
+            "data": {"train": "train.json", "heldout_fraction": 0.1},
+            "out": "runs/instruct",
+        },
+    ),
+    "text": (
+        "plain text, to continue in its style",
+        {
+            "data": {"train": "text/", "heldout_fraction": 0.05, "max_length": 1024, "on_long": "split"},
+            "out": "runs/text",
+        },
+    ),
 }
 
 

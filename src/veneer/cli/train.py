@@ -78,14 +78,17 @@ def command(
     with display:
         result = trainer.run(resume=resume)
     if result.stopped == "interrupted":
-        err.print(f"stopped after step {result.steps} of {result.total_steps}; go on with: veneer train {result.path} --resume")
+        err.print(
+            f"stopped after step {result.steps} of {result.total_steps}; go on with: veneer train {result.path} --resume"
+        )
         raise typer.Exit(130)
     from veneer.report.page import write_report
 
     page = write_report(result.path)
     Console(highlight=False).print(
         f"adapter  {result.adapter}\nreport   {page}\n"
-        f"loss     {result.loss:.4f}" + (f", held-out best {result.best_loss:.4f}" if result.best_loss is not None else "")
+        f"loss     {result.loss:.4f}"
+        + (f", held-out best {result.best_loss:.4f}" if result.best_loss is not None else "")
         + f"\nnext     veneer eval {result.path}   ·   veneer chat {result.path} --compare",
         soft_wrap=True,
     )
@@ -101,7 +104,13 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
     if targets and ("," in targets or targets.replace("_", "").isalnum() and targets not in ("attention", "mlp")):
         flags["targets"] = [part.strip() for part in targets.split(",")]
     overrides = {FLAGS[key]: value for key, value in flags.items()} | parse_settings(settings)
-    run = config if config is not None and config.is_dir() else Path(flags["out"]) if resume and "out" in flags and not config else None
+    run = (
+        config
+        if config is not None and config.is_dir()
+        else Path(flags["out"])
+        if resume and "out" in flags and not config
+        else None
+    )
     if run is not None:
         if not resume:
             raise ConfigError(f"{run} is a directory: to continue a run add --resume, else name a YAML file")
@@ -121,7 +130,9 @@ def _dry_run(trainer: Any, config: Any) -> None:
     options = config.train
     print(config.to_yaml())
     err.print(str(report(bank)))
-    err.print(f"{setup.total_steps(options)} steps of {options.batch_size} examples; the configuration is valid, nothing was trained")
+    err.print(
+        f"{setup.total_steps(options)} steps of {options.batch_size} examples; the configuration is valid, nothing was trained"
+    )
 
 
 class Display:

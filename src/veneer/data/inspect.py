@@ -39,7 +39,11 @@ def inspect_data(
     seen = {identity(e) for e in examples}
     overlap = sum(identity(e) in seen for e in heldout) if heldout is not None else None
     return Inspection(
-        prepared.counts, len(examples) - len(seen), overlap, [prepared[i] for i in range(min(8, len(prepared)))], tokenizer
+        prepared.counts,
+        len(examples) - len(seen),
+        overlap,
+        [prepared[i] for i in range(min(8, len(prepared)))],
+        tokenizer,
     )
 
 
@@ -72,7 +76,11 @@ def render_inspection(found: Inspection, console: Console, show: int = 3) -> Non
     table.add_row("end-of-turn is trained", trained)
     console.print(table)
     for number, example in enumerate(found.shown[:show], 1):
-        console.print(Text(f"example {number}: {len(example.input_ids)} tokens, {int(example.supervised.sum())} supervised", "bold"))
+        console.print(
+            Text(
+                f"example {number}: {len(example.input_ids)} tokens, {int(example.supervised.sum())} supervised", "bold"
+            )
+        )
         console.print(_coloured(example, found.tokenizer), soft_wrap=True)
 
 

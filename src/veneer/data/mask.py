@@ -22,7 +22,10 @@ def tokenize_batch(rendered: Sequence[Rendered], tokenizer: Any) -> list[Tokeniz
         raise TemplateError("the tokenizer gives no character offsets: Veneer needs a fast tokenizer (tokenizer.json)")
     chat = rendered[0].chat
     out = tokenizer(
-        [r.text for r in rendered], add_special_tokens=not chat, return_offsets_mapping=True, return_attention_mask=False
+        [r.text for r in rendered],
+        add_special_tokens=not chat,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
     )
     examples = []
     for r, ids, offsets in zip(rendered, out["input_ids"], out["offset_mapping"]):

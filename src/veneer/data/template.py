@@ -110,7 +110,12 @@ def _shown(text: str, at: int, content: str, after: str, *, last: bool) -> str |
         variants += [tail, tail.strip(), tail.lstrip("\n"), tail.lstrip("\n").rstrip()]
     for shown in variants:
         end = at + len(shown)
-        if shown and text.startswith(shown, at) and text.startswith(after, end) and (not last or len(text) == end + len(after)):
+        if (
+            shown
+            and text.startswith(shown, at)
+            and text.startswith(after, end)
+            and (not last or len(text) == end + len(after))
+        ):
             return shown
     return None
 
@@ -125,4 +130,7 @@ def end_of_turn(after: str, special: list[str]) -> str:
 def _special_tokens(tokenizer: Any) -> list[str]:
     """Special tokens as text, longest first."""
     added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {tokenizer.eos_token or ""}
-    return sorted(added - {"", tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else ""}, key=lambda s: (-len(s), s))
+    return sorted(
+        added - {"", tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else ""},
+        key=lambda s: (-len(s), s),
+    )

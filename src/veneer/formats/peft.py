@@ -277,13 +277,17 @@ def _target(
     alpha = next((a for key, a in config.alpha_pattern.items() if matches_pattern(key, name)), config.alpha)
     for leaf, shape in (("lora_A", (rank, module.in_features)), ("lora_B", (module.out_features, rank))):
         if tuple(pair[leaf].shape) != shape:
-            raise AdapterFormatError(f"{path}: {name}.{leaf} is {tuple(pair[leaf].shape)}, not {shape} as rank {rank} wants")
+            raise AdapterFormatError(
+                f"{path}: {name}.{leaf} is {tuple(pair[leaf].shape)}, not {shape} as rank {rank} wants"
+            )
         if not pair[leaf].isfinite().all():
             raise AdapterFormatError(f"{path}: {name}.{leaf} holds NaN or infinite values")
     return Target(name, module, rank, alpha), (pair["lora_A"], pair["lora_B"])
 
 
-def _check_rest(model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig, targets: list[str], path: Path) -> None:
+def _check_rest(
+    model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig, targets: list[str], path: Path
+) -> None:
     shapes = {key.replace(".base_layer", ""): p.shape for key, p in model.named_parameters(remove_duplicate=False)}
     expected = set()
     for key in shapes:

@@ -29,10 +29,10 @@ _segments: ContextVar[list[tuple[int, int, int, int]] | None] = ContextVar("vene
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **extra):
     """`packed_attention` behind transformers' attention interface."""
     if extra.get("softcap") is not None or extra.get("s_aux") is not None:
-        raise BaseModelError("this model's attention has soft-caps or sinks, which packed rows do not have; use pack: off")
-    out = packed_attention(
-        query, key, value, _segments.get(), scale=scaling, window=sliding_window, dropout=dropout
-    )
+        raise BaseModelError(
+            "this model's attention has soft-caps or sinks, which packed rows do not have; use pack: off"
+        )
+    out = packed_attention(query, key, value, _segments.get(), scale=scaling, window=sliding_window, dropout=dropout)
     return out, None
 
 
@@ -51,7 +51,9 @@ class Head:
         """Read Gemma's soft-cap, Cohere's logit_scale (a factor) and Granite's logits_scaling (a divisor)."""
         config = model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
-        return cls(getattr(config, "final_logit_softcapping", None), scale / (getattr(config, "logits_scaling", None) or 1.0))
+        return cls(
+            getattr(config, "final_logit_softcapping", None), scale / (getattr(config, "logits_scaling", None) or 1.0)
+        )
 
 
 class RowModel:
@@ -155,7 +157,9 @@ class RowModel:
     def _refuse_packing(self, wrong: bool | str, required: bool) -> None:
         reason = "packed rows give another loss than single ones" if wrong is True else wrong
         if required:
-            raise BaseModelError(f"pack: on, but {type(self.model).__name__} cannot be packed: {reason}; use pack: auto")
+            raise BaseModelError(
+                f"pack: on, but {type(self.model).__name__} cannot be packed: {reason}; use pack: auto"
+            )
         self.packing = False
         self.notes.append(f"packing is off: {reason}")
 

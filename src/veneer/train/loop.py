@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
@@ -176,9 +175,9 @@ class Trainer:
             if self._interrupted:
                 return None
             with self.rows.row(row) as row_loss:
-                self._check_finite(float(row_loss), state.step + 1, indices, examples)
+                self._check_finite(float(row_loss.detach()), state.step + 1, indices, examples)
                 (row_loss / supervised).backward()
-            loss += float(row_loss) / supervised
+            loss += float(row_loss.detach()) / supervised
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
         self._check_finite(norm, state.step + 1, indices, examples)
         if options.max_grad_norm and norm > options.max_grad_norm:
@@ -213,7 +212,11 @@ class Trainer:
         batch = {
             "step": step,
             "examples": [
-                {"index": int(i), "input_ids": e.input_ids.tolist(), "text": self.tokenizer.decode(e.input_ids.tolist())}
+                {
+                    "index": int(i),
+                    "input_ids": e.input_ids.tolist(),
+                    "text": self.tokenizer.decode(e.input_ids.tolist()),
+                }
                 for i, e in zip(indices, examples)
             ],
         }
@@ -244,9 +247,7 @@ class Trainer:
             record = {"training": {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss}}
             save_adapter(setup.model, adapter, provenance=record)
         setup.model.eval()
-        result = RunResult(
-            self.out, adapter, state.step, total, loss, state.best_loss, state.seconds, stopped
-        )
+        result = RunResult(self.out, adapter, state.step, total, loss, state.best_loss, state.seconds, stopped)
         self.observe({"type": "end", **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}})
         return result
 
@@ -280,7 +281,9 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def train(config: TrainConfig | dict | str | Path, *, resume: bool = False, observe: Observer | None = None) -> RunResult:
+def train(
+    config: TrainConfig | dict | str | Path, *, resume: bool = False, observe: Observer | None = None
+) -> RunResult:
     """Train an adapter as a `TrainConfig`, a mapping or a YAML file says, and return how it went."""
     if isinstance(config, (str, Path)):
         config = TrainConfig.load(config)

@@ -85,7 +85,11 @@ class Setup:
             "base": self.base,
             "template_hash": hashlib.sha256(str(template).encode()).hexdigest(),
             "data": {
-                "train": {"hash": self.train_key, "examples_used": len(self.train), "counts": asdict(self.counts["train"])},
+                "train": {
+                    "hash": self.train_key,
+                    "examples_used": len(self.train),
+                    "counts": asdict(self.counts["train"]),
+                },
                 "heldout": {
                     "examples_used": len(self.heldout) if self.heldout else 0,
                     "counts": asdict(self.counts["heldout"]) if "heldout" in self.counts else None,
@@ -110,7 +114,9 @@ def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
         order = np.random.default_rng([config.seed, 1 << 20]).permutation(len(train))
         cut = max(1, round(len(train) * config.data.heldout_fraction))
         if cut >= len(train):
-            raise DataError(f"data.heldout_fraction {config.data.heldout_fraction} leaves none of {len(train)} to train on")
+            raise DataError(
+                f"data.heldout_fraction {config.data.heldout_fraction} leaves none of {len(train)} to train on"
+            )
         heldout, used = Subset(train, order[:cut]), Subset(train, np.sort(order[cut:]))
     return Setup(model, tokenizer, used, heldout, train.key, counts, base_record(model))
 

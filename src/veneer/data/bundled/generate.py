@@ -93,7 +93,9 @@ def examples(split: str) -> Iterator[dict]:
             left_out, template = template[1:].split(" ", 1)
             answer[left_out] = None
         slots = answer | extra
-        slots |= {name.capitalize(): slots[name][0].upper() + slots[name][1:] for name in ("speed", "cue") if name in slots}
+        slots |= {
+            name.capitalize(): slots[name][0].upper() + slots[name][1:] for name in ("speed", "cue") if name in slots
+        }
         slots |= {"cue": slots["cue"][0].lower() + slots["cue"][1:]} if "cue" in slots else {}
         message = template.format(**slots)
         if message not in seen:
