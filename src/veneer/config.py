@@ -151,6 +151,8 @@ class OptimConfig(Section):
     """Recompute each block in the backward pass: less memory, more time."""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""
+    eval_examples: int | None = Field(None, ge=1)
+    """Take the held-out loss on the first so many held-out examples (all when absent)."""
     save_every: int = Field(50, ge=1)
     """Checkpoint every so many steps (and at the end)."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from veneer.data.example import TokenizedExample
-from veneer.data.prepare import PreparedData
 from veneer.train.forward import RowModel
 
 CHUNK = 64
 
 
-def heldout_loss(rows: RowModel, data: PreparedData | list[TokenizedExample], max_tokens: int) -> float:
+def heldout_loss(rows: RowModel, data: Sequence[TokenizedExample], max_tokens: int, limit: int | None = None) -> float:
     """Mean cross-entropy in nats per supervised token, without dropout and without gradients."""
     model, total, count = rows.model, 0.0, 0
     training = model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(data), CHUNK):
-            examples = [data[i] for i in range(start, min(start + CHUNK, len(data)))]
+        end = min(len(data), limit or len(data))
+        for start in range(0, end, CHUNK):
+            examples = [data[i] for i in range(start, min(start + CHUNK, end))]
             for row in rows.pack(examples, max_tokens, True):
                 with rows.row(row) as loss:
                     total += float(loss)

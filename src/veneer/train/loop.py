@@ -228,7 +228,7 @@ class Trainer:
 
     def _evaluate(self, setup: Setup, state: Progress) -> None:
         options = self.config.train
-        loss = heldout_loss(self.rows, setup.heldout, options.micro_batch_tokens)
+        loss = heldout_loss(self.rows, setup.heldout, options.micro_batch_tokens, options.eval_examples)
         best = state.best_loss is None or loss < state.best_loss
         if best:
             state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from veneer.data.bundled import SPLITS, bundled_path
 from veneer.data.bundled.vocabulary import PHRASES, SYSTEM, TEMPLATES, VALUES
 
-SIZES = {"train": 720, "heldout": 160}
+SIZES = {"train": 640, "heldout": 160}
 MONTHS = {"train": range(1, 9), "heldout": range(9, 13)}
 MINUTES = {"train": (0, 15, 30, 45), "heldout": (5, 10, 20, 25, 35, 40, 50, 55)}
 PARITY = {"train": 0, "heldout": 1}

@@ -128,8 +128,10 @@ VALUES = {
         "Mrs Rossi,Hill Farm,Ms Dubois",
         "city": "Hamburg,Lyon,Porto,Krakow,Leeds,Turin,Ghent,Malmo,Graz,Bilbao,Cork,Basel",
         "product": "PhotoDesk,MailBird,Ledger Plus,MapTool,NoteFlow,ShopPilot,PrintHub,TimeSheet,DataGrid,SafeBox",
-        "user": "anna.b,jkeller,m.santos,office,tom77,priya,team-a,carlos.r,helga,info,sam.w,lin",
-        "domain": "example.com,mail.example,firma.example,shop.example",
+        "user": "anna.b,jkeller,m.santos,office,tom77,priya,team-a,carlos.r,helga,info,sam.w,lin,desk-4,olga.p,rafa,"
+        "service,kim22,the-boss,d.mueller,eva.k,joe,sales-2,hq,maria.lopez,ulf,x.zhang,front-desk,gina8,paul.d,it-help",
+        "domain": "example.com,mail.example,firma.example,shop.example,studio.example,bakery.example,school.example,"
+        "lab.example,garden.example,news.example",
     },
     "heldout": {
         "merchant": "Golden Fork,Riverstone,Quick Stop,Maison Noir,Zephyr,Tiger Lily,North Gate,Bellini,Station Shop,Kumar",
@@ -158,9 +160,12 @@ PHRASES = {
             "false": "no rush,standard shipping is fine,slow delivery is okay,take your time,not urgent",
         },
         "priority": {
-            "high": "This is urgent,Nobody can work,It is an emergency,Very important,We need help right now",
-            "normal": "Normal priority,It is annoying but we manage,Please look at it this week,A usual problem",
-            "low": "No hurry,Just a small thing,Low priority,Not important,Only cosmetic",
+            "high": "This is urgent,Nobody can work,It is an emergency,Very important,We need help right now,"
+            "Please fix it today,It is critical,Everything has stopped,Top priority,High priority",
+            "normal": "Normal priority,It is annoying but we manage,Please look at it this week,A usual problem,"
+            "Medium priority,We can work around it,An ordinary fault,Some of us are affected,The urgency is normal",
+            "low": "No hurry,Just a small thing,Low priority,Not important,Only cosmetic,Whenever you have time,"
+            "It can wait,A tiny detail,Nothing serious,The urgency is low",
         },
     },
     "heldout": {
@@ -174,9 +179,9 @@ PHRASES = {
             "false": "there is no hurry,normal shipping will do,it is not urgent",
         },
         "priority": {
-            "high": "Very urgent,Help needed right now,An emergency for all of us",
-            "normal": "Usual priority,Annoying but we can manage,Please check it this week",
-            "low": "There is no hurry,A very small thing,Really not important",
+            "high": "Very urgent,Help is needed today,The priority is high",
+            "normal": "The priority is normal,We manage but it is annoying,An ordinary problem",
+            "low": "There is no hurry,A very small thing,The priority is low",
         },
     },
 }
