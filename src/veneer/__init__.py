@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
     from veneer.formats.peft import load_adapter, save_adapter
-    from veneer.train.loop import Trainer, train
+    from veneer.training.loop import Trainer, train
 
 _WHERE = {
     "attach": "adapter.attach",
@@ -37,8 +37,8 @@ _WHERE = {
     "VeneerError": "errors",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
-    "Trainer": "train.loop",
-    "train": "train.loop",
+    "Trainer": "training.loop",
+    "train": "training.loop",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -78,7 +78,8 @@ def install(
     for target, (lora_A, lora_B) in zip(targets, factors, strict=True):
         layer = bank.layers.get(target.name) or _wrap(model, bank, target)
         dtype = target.module.weight.dtype if config.dtype == "base" else torch.float32
-        lora_A, lora_B = (t.to(device=target.module.weight.device, dtype=dtype) for t in (lora_A, lora_B))
+        place = {"device": target.module.weight.device, "dtype": dtype, "copy": True}
+        lora_A, lora_B = (t.to(**place) for t in (lora_A, lora_B))
         layer.add(name, lora_A, lora_B, alpha=target.alpha, rslora=config.rslora, dropout=config.dropout)
     modules = {path: copy.deepcopy(module).requires_grad_(True) for path, module in kept.items()}
     bank.entries[name] = Entry(config, [target.name for target in targets], modules, biases)

@@ -35,7 +35,7 @@ def command(
     """Score an adapter against its base on held-out examples, side by side."""
     from veneer.config import TrainConfig
     from veneer.files import write_text
-    from veneer.train.score import score, subset
+    from veneer.training.score import score, subset
 
     opened = open_adapter(path, model, device=device, dtype=dtype, force=force)
     config = TrainConfig.load(opened.run / "config.yaml") if opened.run else None

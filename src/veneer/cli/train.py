@@ -68,7 +68,7 @@ def command(
     """Train an adapter: from a YAML file, from flags, or both (flags win)."""
     flags = {key: value for key, value in locals().items() if key in FLAGS and value not in (None, [])}
     resolved = _resolve(config, flags, set_ or [], resume)
-    from veneer.train.loop import Trainer
+    from veneer.training.loop import Trainer
 
     display = Display()
     trainer = Trainer(resolved, observe=display)
@@ -122,7 +122,7 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
 
 def _dry_run(trainer: Any, config: Any) -> None:
     from veneer.adapter.attach import attach, report
-    from veneer.train.setup import check_out
+    from veneer.training.setup import check_out
 
     check_out(trainer.out)
     setup = trainer.validate()

@@ -144,6 +144,7 @@ def load_adapter(
         target, pair = _target(module_name, candidates[module_name], pairs[module_name], config, path)
         targets.append(target)
         factors.append(pair)
+    rest = _without_base_copies(model, rest, config)
     _check_rest(model, rest, config, [t.name for t in targets], path)
     bank = install(model, config, targets, factors, name)
     own = bank.parameters(name)
@@ -285,6 +286,30 @@ def _target(
     return Target(name, module, rank, alpha), (pair["lora_A"], pair["lora_B"])
 
 
+def _without_base_copies(model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
+    """PEFT also writes the frozen weight of an embedding or head that it adapts: leave out what the base has anyway."""
+    own = {key.replace(".base_layer", ""): p for key, p in model.named_parameters(remove_duplicate=False)}
+    heads = [m for m in (output_head(model), getattr(model, "get_input_embeddings", lambda: None)()) if m is not None]
+    frozen = {id(m.weight) for m in heads}
+
+    def is_copy(key: str, value: Tensor) -> bool:
+        mine = own.get(key)
+        return (
+            not _is_kept(key, config)
+            and id(mine) in frozen
+            and mine.shape == value.shape
+            and torch.equal(mine.cpu(), value.to(mine.dtype))
+        )
+
+    return {key: value for key, value in rest.items() if not is_copy(key, value)}
+
+
+def _is_kept(key: str, config: AdapterConfig) -> bool:
+    """Whether a tensor belongs to a module of modules_to_save."""
+    owner = key.rpartition(".")[0]
+    return any(f".{kept}." in f".{owner}." for kept in config.modules_to_save)
+
+
 def _check_rest(
     model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig, targets: list[str], path: Path
 ) -> None:
@@ -292,7 +317,7 @@ def _check_rest(
     expected = set()
     for key in shapes:
         owner, _, leaf = key.rpartition(".")
-        if any(f".{owner}.".find(f".{kept}.") >= 0 for kept in config.modules_to_save):
+        if _is_kept(key, config):
             expected.add(key)
         elif leaf == "bias" and (config.bias == "all" or config.bias == "lora_only" and owner in targets):
             expected.add(key)

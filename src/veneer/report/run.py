@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from veneer.errors import RunError
-from veneer.train.metrics import FILE_NAME, read_metrics
+from veneer.training.metrics import FILE_NAME, read_metrics
 
 FILES = ("config.yaml", "provenance.json", FILE_NAME)
 

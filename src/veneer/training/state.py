@@ -15,7 +15,7 @@ from torch import nn
 from veneer.adapter.attach import get_bank
 from veneer.errors import AdapterFormatError, RunError
 from veneer.files import new_directory, remove_leftovers
-from veneer.formats.peft import TENSORS, adapter_tensors, read_tensors, save_adapter
+from veneer.formats.peft import PREFIX, adapter_tensors, read_tensors, save_adapter
 
 STATE, MOMENTS = "state.json", "optimizer.safetensors"
 
@@ -59,14 +59,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         tensors, moments = read_tensors(path / "adapter"), load_file(path / MOMENTS)
     except (OSError, ValueError, TypeError, SafetensorError, AdapterFormatError) as error:
         raise RunError(f"checkpoint {path} is damaged: {error}") from None
-    bank = get_bank(model)
-    own = adapter_tensors(bank, bank.names[0])
-    if {k: v.shape for k, v in own.items()} != {"base_model.model." + k: v.shape for k, v in tensors.items()}:
-        raise RunError(f"checkpoint {path} does not hold this run's adapter: {TENSORS} has other tensors")
-    parameters = bank.parameters(bank.names[0])
-    with torch.no_grad():
-        for parameter, key in zip(parameters.values(), own):
-            parameter.copy_(tensors[key.removeprefix("base_model.model.")])
+    parameters = fill_adapter(model, tensors, path)
     for name, parameter in parameters.items():
         optimizer.state[parameter] = {
             "step": moments[f"{name}.step"],
@@ -76,6 +69,20 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         if parameter.is_cuda:  # the fused kernel wants its step counter beside the weights
             optimizer.state[parameter]["step"] = moments[f"{name}.step"].to(parameter.device)
     return state
+
+
+def fill_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> dict[str, nn.Parameter]:
+    """Copy saved tensors into the attached adapter; its parameters by name. `RunError` if they do not fit."""
+    bank = get_bank(model)
+    own, parameters = adapter_tensors(bank, bank.names[0]), bank.parameters(bank.names[0])
+    if {key.removeprefix(PREFIX): value.shape for key, value in own.items()} != {
+        k: v.shape for k, v in tensors.items()
+    }:
+        raise RunError(f"checkpoint {path} does not hold this run's adapter: its tensors are others")
+    with torch.no_grad():
+        for parameter, key in zip(parameters.values(), own):
+            parameter.copy_(tensors[key.removeprefix(PREFIX)])
+    return parameters
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

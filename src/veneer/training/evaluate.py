@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from veneer.data.example import TokenizedExample
-from veneer.train.forward import RowModel
+from veneer.training.forward import RowModel
 
 CHUNK = 64
 

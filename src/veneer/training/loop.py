@@ -21,13 +21,13 @@ from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.errors import RunError, TrainingDiverged, VeneerError
 from veneer.files import write_text
-from veneer.formats.peft import save_adapter
-from veneer.train.evaluate import heldout_loss
-from veneer.train.forward import RowModel
-from veneer.train.metrics import MetricsLog
-from veneer.train.optim import lr_factor, make_optimizer, set_lr, warmup_steps
-from veneer.train.setup import Setup, check_resumable, prepare_run, start_directory
-from veneer.train.state import Progress, checkpoints, load_checkpoint, save_checkpoint, tidy
+from veneer.formats.peft import read_tensors, save_adapter
+from veneer.training.evaluate import heldout_loss
+from veneer.training.forward import RowModel
+from veneer.training.metrics import MetricsLog
+from veneer.training.optim import lr_factor, make_optimizer, set_lr, warmup_steps
+from veneer.training.setup import Setup, check_resumable, prepare_run, start_directory
+from veneer.training.state import Progress, checkpoints, fill_adapter, load_checkpoint, save_checkpoint, tidy
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -244,6 +244,8 @@ class Trainer:
         stopped = "early" if state.stopped_early else "finished" if state.step >= total else "interrupted"
         adapter = self.out / "adapter"
         if stopped != "interrupted":
+            if stopped == "early":
+                fill_adapter(setup.model, read_tensors(self.out / "best"), self.out / "best")
             record = {"training": {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss}}
             save_adapter(setup.model, adapter, provenance=record)
         setup.model.eval()

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from veneer.errors import ConfigError, RunError
-from veneer.train.metrics import MetricsLog, read_metrics
+from veneer.training.metrics import MetricsLog, read_metrics
 
 
 def write(run_dir, steps):
