@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import veneer
+from conftest import tiny_llama
 from veneer.adapter.attach import report
 from veneer.adapter.layers import AdaptedLinear
 from veneer.errors import AdapterStateError, ConfigError, TargetError

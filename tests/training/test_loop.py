@@ -157,7 +157,7 @@ def test_training_learns_writes_everything_and_leaves_the_base_alone(model_dir, 
     result = veneer.train(config(model_dir, chat_file, tmp_path / "run", epochs=6, lr=2e-2), observe=seen.append)
     assert result.stopped == "finished" and result.steps == result.total_steps == 18
     losses = [r["loss"] for r in seen if r["type"] == "train"]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.2
     records = read_metrics(tmp_path / "run")
     assert [r["step"] for r in records if r["type"] == "train"] == list(range(1, 19))
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
