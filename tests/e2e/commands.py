@@ -34,8 +34,13 @@ def cli(capsys):
     return run
 
 
-def conversations(path: Path, count: int = 12, start: int = 0) -> Path:
-    """A file of short conversations whose answers are JSON."""
+@pytest.fixture(scope="session")
+def conversations():
+    """`conversations(path, count, start)` writes a file of short conversations whose answers are JSON."""
+    return write_conversations
+
+
+def write_conversations(path: Path, count: int = 12, start: int = 0) -> Path:
     rows = [
         {
             "messages": [
@@ -50,7 +55,7 @@ def conversations(path: Path, count: int = 12, start: int = 0) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, model_dir):
+def trained(tmp_path_factory, model_dir, conversations):
     """A finished run of two steps, with held-out data. Tests must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     train, held = conversations(folder / "train.jsonl"), conversations(folder / "held.jsonl", 6, 50)

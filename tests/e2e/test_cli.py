@@ -11,7 +11,6 @@ import sys
 
 import pytest
 import yaml
-from commands import conversations
 
 from veneer import __version__
 from veneer.cli.init import TASKS
@@ -129,7 +128,7 @@ def test_eval_of_a_run(cli, run_copy):
     assert info["scores"]
 
 
-def test_eval_of_an_adapter_alone(cli, trained, tmp_path):
+def test_eval_of_an_adapter_alone(cli, trained, conversations, tmp_path):
     adapter = shutil.copytree(trained / "adapter", tmp_path / "adapter")
     data = conversations(tmp_path / "d.jsonl", 2)
     done = cli("eval", adapter, "--data", data, "--max-new-tokens", 4, "--no-base", "--json")
@@ -241,7 +240,7 @@ def test_help(cli, command):
     assert done.code == 0 and "Usage" in done.out
 
 
-def test_early_stop(cli, flags, chat_file, tmp_path):
+def test_early_stop(cli, flags, conversations, tmp_path):
     held = conversations(tmp_path / "held.jsonl", 4, 30)
     settings = ["train.eval_every=1", "train.early_stop=2", "train.lr=3.0", "train.schedule=constant"]
     flags[-1] = 40
