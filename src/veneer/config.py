@@ -162,6 +162,11 @@ class OptimConfig(Section):
     log_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Besides metrics.jsonl: tensorboard, wandb, trackio, where installed."""
 
+    @field_validator("pack", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # what YAML reads on/off as
+
 
 class TrainConfig(Section):
     """Everything a run needs; `veneer init` writes one with comments."""
@@ -185,9 +190,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _data_shorthand(cls, values: Any) -> Any:
+    def _shorthands(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("data"), (str, list)):
             values = {**values, "data": {"train": values["data"]}}
+        if isinstance(values, dict):  # a section whose keys are all commented out reads as null
+            values = {k: v for k, v in values.items() if v is not None or k not in ("adapter", "train")}
         return values
 
     @classmethod

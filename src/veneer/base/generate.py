@@ -111,19 +111,19 @@ def stream(
         try:
             if seed is not None:
                 torch.manual_seed(seed)
-            model.generate(**inputs, **options, streamer=pieces, stopping_criteria=[Stopped()])
+            with _ready(model):  # here and not around the yield, where it would hold for the reader's code too
+                model.generate(**inputs, **options, streamer=pieces, stopping_criteria=[Stopped()])
         except Exception as error:  # handed to the reader of the iterator below
             failure.append(error)
             pieces.on_finalized_text("", stream_end=True)
 
-    with _ready(model):
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from pieces
-        finally:
-            stop.set()
-            thread.join()
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield from pieces
+    finally:
+        stop.set()
+        thread.join()
     if failure:
         raise failure[0] if isinstance(failure[0], VeneerError) else VeneerError(f"generation failed: {failure[0]}")
 

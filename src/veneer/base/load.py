@@ -99,8 +99,14 @@ def pick_device(device: str) -> str:
         kind = torch.device(device).type
     except RuntimeError:
         raise ConfigError(f"device {device!r}: use auto, cpu, cuda, cuda:N or mps") from None
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device {device!r}: use auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: this machine or this build of torch has no CUDA; use device: cpu")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {device!r}: this machine has {torch.cuda.device_count()} of them, from cuda:0 up")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device {device!r}: this machine or this build of torch has no MPS; use device: cpu")
     return device
 
 
@@ -217,6 +223,8 @@ def _tokenizer(source: _Source, name: str, chat_template: str | Path | None, tru
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"chat template {chat_template}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"chat template {chat_template}: not a text file in UTF-8") from None
     return tokenizer
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from veneer.cli.common import Device, Dtype, Force, MaxNewTokens, Model, Seed, Temperature, TopP, err, open_adapter
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError
 
 HELP = "commands: /compare toggles the base beside the adapter · /system TEXT · /reset · /quit"
 
@@ -81,9 +81,15 @@ class Chat:
             err.print(HELP, style="dim")
         else:
             self.history.append({"role": "user", "content": line})
-            if self.compare:
-                self._answer("base", base=True)
-            self.history.append({"role": "assistant", "content": self._answer("adapter" if self.compare else "")})
+            try:
+                if self.compare:
+                    self._answer("base", base=True)
+                answer = self._answer("adapter" if self.compare else "")
+            except DataError as error:  # no room in the context, or the template refuses: the talk goes on
+                self.history.pop()
+                err.print(f"error: {error} (/reset starts anew)", style="red", markup=False, soft_wrap=True)
+            else:
+                self.history.append({"role": "assistant", "content": answer})
 
     def _answer(self, label: str, *, base: bool = False) -> str:
         from veneer.adapter.attach import get_bank

@@ -73,11 +73,14 @@ def base_of(adapter: Path) -> str:
     """The base that an adapter's files name."""
     for file, key in (("veneer.json", "base"), ("adapter_config.json", "base_model_name_or_path")):
         try:
-            value = json.loads((adapter / file).read_text(encoding="utf-8")).get(key)
+            values = json.loads((adapter / file).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise AdapterFormatError(f"{adapter / file} is damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise AdapterFormatError(f"{adapter / file} is damaged: not an object")
+        value = values.get(key)
         value = value.get("name_or_path") if isinstance(value, dict) else value
         if value:
             return value

@@ -100,19 +100,19 @@ def read_prompts(path: Path) -> list:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: broken JSON: {error}") from None
         value = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
-        if (
-            isinstance(value, list)
-            and value
-            and all(isinstance(m, dict) and "role" in m and "content" in m for m in value)
-        ):
+        if is_chat := isinstance(value, list) and all(_is_message(m) for m in value):
             while value and value[-1]["role"] == "assistant":
                 value = value[:-1]
-        elif not isinstance(value, str):
-            raise DataError(f'{path}:{number}: expected a string, "prompt" or "messages"')
+        if not (isinstance(value, str) or is_chat and value):
+            raise DataError(f'{path}:{number}: expected a string, "prompt" or "messages" with a role and text in each')
         found.append(value)
     if not found:
         raise DataError(f"{path}: no prompt in it")
     return found
+
+
+def _is_message(value) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def _chat(prompt, system: str | None, raw: bool):

@@ -85,8 +85,7 @@ def _section(fields: dict, chosen: dict) -> list[str]:
         lines += ["  " + line for line in _comment(field.description)]
         default = field.get_default(call_default_factory=True)
         lines.append("  " + _line(key, chosen[key]) if key in chosen else "  # " + _line(key, default))
-    # A section whose keys are all comments would read as null.
-    return lines if chosen else [*lines, "  {}"]
+    return lines
 
 
 def _comment(text: str | None) -> list[str]:

@@ -87,11 +87,15 @@ def command(
     page = write_report(result.path)
     Console(highlight=False).print(
         f"adapter  {result.adapter}\nreport   {page}\n"
-        f"loss     {result.loss:.4f}"
-        + (f", held-out best {result.best_loss:.4f}" if result.best_loss is not None else "")
-        + f"\nnext     veneer eval {result.path}   ·   veneer chat {result.path} --compare",
+        f"loss     {_losses(result)}\n"
+        f"next     veneer eval {result.path}   ·   veneer chat {result.path} --compare",
         soft_wrap=True,
     )
+
+
+def _losses(result: Any) -> str:
+    last = "–" if result.loss is None else f"{result.loss:.4f}"  # a resumed run may have had no step left
+    return last if result.best_loss is None else f"{last}, held-out best {result.best_loss:.4f}"
 
 
 def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], resume: bool):

@@ -118,6 +118,13 @@ def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
                 f"data.heldout_fraction {config.data.heldout_fraction} leaves none of {len(train)} to train on"
             )
         heldout, used = Subset(train, order[:cut]), Subset(train, np.sort(order[cut:]))
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(c.longest for c in counts.values())
+    if room and longest > room:
+        raise DataError(
+            f"the longest example has {longest} tokens and the model's context is {room}: set data.max_length to at "
+            f"most {room}"
+        )
     return Setup(model, tokenizer, used, heldout, train.key, counts, base_record(model))
 
 
