@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_llama
 
 import veneer
+from conftest import tiny_llama
 from veneer.base import catalog
 from veneer.base.catalog import CATALOG, MARKER, fetch
 from veneer.base.fingerprint import Fingerprint, fingerprint, mismatch

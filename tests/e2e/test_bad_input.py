@@ -6,8 +6,9 @@ import json
 import shutil
 
 import pytest
-from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
+
+from conftest import tiny_llama
 
 pytest_plugins = ["commands"]
 
