@@ -17,7 +17,7 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`shapes` is a hash over names and shapes; `samples` are weights at fixed places, scaled by their tensor's size."""
+    """`shapes` is a hash over names and shapes; `samples` are weights at fixed places."""
 
     architecture: str
     model_type: str | None
@@ -36,7 +36,7 @@ class Fingerprint:
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own matrices by name, the same with and without adapters on it. Packed (integer) weights are left out."""
+    """The base's own matrices by name, the same with and without adapters on it. Packed weights are left out."""
     found = {}
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:

@@ -76,7 +76,7 @@ def generate(
             inputs = _left_padded([ids[i] for i in batch], tokenizer.pad_token_id or 0, model.device)
             out = model.generate(**inputs, **_options(tokenizer, ends, max_new_tokens, temperature, top_p))
             width = inputs["input_ids"].shape[1]
-            found |= {i: _answer(tokenizer, row[width:].tolist(), ends) for i, row in zip(batch, out)}
+            found |= {i: _answer(tokenizer, row[width:].tolist(), ends) for i, row in zip(batch, out, strict=True)}
             if progress:
                 progress(len(found))
     return [found[i] for i in range(len(prompts))]

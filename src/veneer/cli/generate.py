@@ -75,7 +75,7 @@ def command(
             {"prompt": p, "text": a.text, "tokens": a.tokens, "finish_reason": a.finish_reason}, ensure_ascii=False
         )
         + "\n"
-        for p, a in zip(asked, answers)
+        for p, a in zip(asked, answers, strict=True)
     )
     sys.stdout.write(lines) if out is None else write_text(out, lines)
 

@@ -79,7 +79,7 @@ def command(
         result = trainer.run(resume=resume)
     if result.stopped == "interrupted":
         err.print(
-            f"stopped after step {result.steps} of {result.total_steps}; go on with: veneer train {result.path} --resume"
+            f"stopped after step {result.steps} of {result.total_steps}; go on: veneer train {result.path} --resume"
         )
         raise typer.Exit(130)
     from veneer.report.page import write_report
@@ -134,9 +134,7 @@ def _dry_run(trainer: Any, config: Any) -> None:
     options = config.train
     print(config.to_yaml())
     err.print(str(report(bank)))
-    err.print(
-        f"{setup.total_steps(options)} steps of {options.batch_size} examples; the configuration is valid, nothing was trained"
-    )
+    err.print(f"{setup.total_steps(options)} steps of {options.batch_size} examples; all is valid, nothing was trained")
 
 
 class Display:
