@@ -84,11 +84,11 @@ TEMPLATES = {
             "Please reimburse {amount} {currency}. It was {thing}, bought from {merchant} on {date}.",
             "{date} - {thing} - {amount} {currency} - {merchant}",
             "Yesterday's claim: {merchant} wanted {amount} {currency} for {thing}; invoice of {date}.",
-            "My boss agreed to cover {thing}. Vendor {merchant}, {date}, {amount} {currency}.",
+            "My boss agreed to cover {thing}. I paid {merchant} {amount} {currency} on {date}.",
         ],
         "calendar": [
             "Let's do {title} in {place} on {date} at {time}, {person} is free.",
-            "{title}: {person} proposes {date}, {time}, {place}.",
+            "{title} in {place}: {person} proposes {date}, {time}.",
             "Could we fix {date} at {time} for {title}? {person} booked {place}.",
             "On {date} {person} and I have {title}, {time}, {place}.",
             "~place Don't forget {title} with {person}: {date}, {time}.",
@@ -139,7 +139,7 @@ VALUES = {
         "title": "the sales meeting,a dentist visit,the press briefing,a piano class,the annual audit,a farewell party,"
         "the board session",
         "place": "Room 9,the garden,Vienna,Building C,the top floor,the Oslo office,the museum",
-        "item": "floor tiles,water bottles,office chairs,cotton shirts,candle sets,camping tents,glass bowls",
+        "item": "floor tiles,water bottles,office chairs,cotton shirts,candle sets,beach towels,glass bowls",
         "customer": "Mr Weber,Orion Labs,Mrs Silva,Castle Hotel,Ms Nguyen,Baker & Sons,Dr Moreau",
         "city": "Bremen,Nantes,Gdansk,Bristol,Verona,Bruges,Seville",
         "product": "CloudNote,TaskLine,BudgetApp,PixelPro,VideoKit,ChatRoom",
@@ -175,13 +175,13 @@ PHRASES = {
             "office": "notebooks and pencils,a computer mouse,envelopes",
         },
         "express": {
-            "true": "express delivery wanted,as quickly as possible,urgently needed",
-            "false": "there is no hurry,normal shipping will do,it is not urgent",
+            "true": "express delivery please,as quickly as possible,this is urgent",
+            "false": "there is no rush,standard delivery is fine,it is not urgent",
         },
         "priority": {
-            "high": "Very urgent,Help is needed today,The priority is high",
-            "normal": "The priority is normal,We manage but it is annoying,An ordinary problem",
-            "low": "There is no hurry,A very small thing,The priority is low",
+            "high": "This is very urgent,Help is needed today,The priority is high",
+            "normal": "The priority is normal,It is of normal urgency,It is annoying but we can work",
+            "low": "There is no hurry,It can wait a little,The priority is low",
         },
     },
 }
