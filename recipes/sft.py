@@ -1,6 +1,6 @@
 """Train an adapter with the library alone, without run directory, resume or command line: the loop laid flat.
 
-    python recipes/sft.py [STEPS]
+python recipes/sft.py [STEPS]
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 veneer=${VENEER:-.venv/bin/veneer}
 run=${1:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 "$veneer" train recipes/demo.yaml --out "$run"
-"$veneer" eval "$run" --limit 64
+"$veneer" eval "$run" --limit 64 --batch-size 64
 echo
 echo "Try it:"
 echo "  $veneer chat $run --compare        talk to base and adapter side by side"

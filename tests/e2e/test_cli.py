@@ -245,7 +245,7 @@ def test_early_stop(cli, flags, conversations, tmp_path):
     settings = ["train.eval_every=1", "train.early_stop=2", "train.lr=3.0", "train.schedule=constant"]
     flags[-1] = 40
     given = [part for setting in settings for part in ("--set", setting)]
-    done = cli("train", *flags, "--heldout", held, "--epochs", 40, *given)
+    done = cli("train", *flags, "--heldout", held, "--epochs", 40, "--device", "cpu", *given)
     assert done.code == 0, done.err
     evaluations = records(tmp_path / "run", "eval")
     assert len(evaluations) < 40 and [e["best"] for e in evaluations[-2:]] == [False, False]

@@ -28,6 +28,7 @@ def config(model_dir, chat_file, out, **train):
         model=str(model_dir),
         data=str(chat_file),
         out=str(out),
+        device="cpu",
         adapter={"rank": 4, "dropout": train.pop("dropout", 0.0)},
         train={"batch_size": 4, "lr": 5e-3, "epochs": 2, "micro_batch_tokens": 128} | train,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +22,9 @@ from veneer.kernels.attention import packed_attention
 from veneer.kernels.cross_entropy import CHUNK_BYTES
 
 ATTENTION = "veneer_packed"
-_segments: ContextVar[list[tuple[int, int, int, int]] | None] = ContextVar("veneer_segments", default=None)
+# The segments of the row now in work. One slot for the process, not a context variable: with checkpointing, blocks are
+# recomputed in autograd's own thread for the GPU, which sees no context of ours.
+_current: dict[str, list[tuple[int, int, int, int]]] = {}
 
 
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **extra):
@@ -32,7 +33,9 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         raise BaseModelError(
             "this model's attention has soft-caps or sinks, which packed rows do not have; use pack: off"
         )
-    out = packed_attention(query, key, value, _segments.get(), scale=scaling, window=sliding_window, dropout=dropout)
+    out = packed_attention(
+        query, key, value, _current["segments"], scale=scaling, window=sliding_window, dropout=dropout
+    )
     return out, None
 
 
@@ -107,11 +110,11 @@ class RowModel:
     def row(self, row: Row) -> Iterator[Tensor]:
         """The row's loss, with its segments in force for the forward pass and for a backward inside the block."""
         segments = [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
-        token = _segments.set(segments)
+        _current["segments"] = segments
         try:
             yield self.loss(row)
         finally:
-            _segments.reset(token)
+            _current.clear()
 
     @contextmanager
     def attention(self) -> Iterator[None]:
