@@ -10,7 +10,6 @@ from torch import nn
 
 import veneer
 from conftest import tiny_llama
-from veneer.adapter.attach import report
 from veneer.adapter.layers import AdaptedLinear
 from veneer.errors import AdapterStateError, ConfigError, TargetError
 
@@ -211,7 +210,7 @@ def test_biases_and_whole_modules_come_and_go_with_the_adapter():
 
 def test_report_counts(llama):
     bank = veneer.attach(llama, veneer.AdapterConfig(rank=4, target_modules=["q_proj", "down_proj"]))
-    r = report(bank)
+    r = bank.report()
     wanted = 2 * 4 * ((36 + 36) + (52 + 36))
     assert r.trainable_parameters == wanted and r.bytes == 4 * wanted
     assert r.total_parameters == wanted + sum(p.numel() for p in tiny_llama().parameters())

@@ -258,4 +258,7 @@ def test_heldout_fraction(cli, flags, tmp_path):
     assert done.code == 0, done.err
     record = json.loads((tmp_path / "run" / "provenance.json").read_text())["data"]
     assert (record["train"]["examples_used"], record["heldout"]["examples_used"]) == (9, 3)
+    scored = cli("eval", tmp_path / "run", "--max-new-tokens", 4)
+    assert scored.code == 0, scored.err
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["n"] == 3
     assert records(tmp_path / "run", "eval")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter import math
 from veneer.adapter.bank import Bank, Entry
 from veneer.adapter.init import INITIALISATIONS
 from veneer.adapter.layers import AdaptedLinear
@@ -19,28 +16,6 @@ from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError, TargetError
 
 BANK = "veneer_bank"
-
-
-@dataclass(frozen=True)
-class AttachReport:
-    """What an adapter trains, in numbers. `bytes` is its size on disk, without the file's header."""
-
-    trainable_parameters: int
-    total_parameters: int
-    bytes: int
-    modules: int
-    targets: tuple[dict, ...]
-
-    @property
-    def share(self) -> float:
-        """Trained share of all parameters, 0 to 1."""
-        return self.trainable_parameters / self.total_parameters
-
-    def __str__(self) -> str:
-        return (
-            f"training {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%}) "
-            f"in {self.modules} modules; adapter {self.bytes / 2**20:.1f} MiB on disk"
-        )
 
 
 def get_bank(model: nn.Module) -> Bank:
@@ -99,32 +74,6 @@ def detach(model: nn.Module) -> nn.Module:
         model.get_parameter(path).requires_grad_(trained)
     del model.__dict__[BANK]
     return model
-
-
-def report(bank: Bank, name: str = "default") -> AttachReport:
-    """Count what adapter `name` trains."""
-    trained = bank.parameters(name)
-    mine = {id(p) for p in trained.values()}
-    with bank.disabled():
-        total = sum(p.numel() for key, p in bank.model.named_parameters() if ".lora_" not in key and id(p) not in mine)
-    groups: dict[tuple, list[str]] = defaultdict(list)
-    for path in bank.entries[name].targets:
-        layer = bank.layers[path]
-        groups[path.rsplit(".", 1)[-1], layer.rank[name], layer.out_features, layer.in_features].append(path)
-    targets = tuple(
-        {
-            "name": leaf,
-            "modules": len(paths),
-            "rank": rank,
-            "d_out": d_out,
-            "d_in": d_in,
-            "parameters": len(paths) * math.lora_parameters(d_in, d_out, rank),
-        }
-        for (leaf, rank, d_out, d_in), paths in groups.items()
-    )
-    count = sum(p.numel() for p in trained.values())
-    size = sum(p.numel() * p.element_size() for p in trained.values())
-    return AttachReport(count, total + count, size, len(bank.entries[name].targets), targets)
 
 
 def check_free(model: nn.Module, name: str) -> None:

@@ -10,6 +10,7 @@ from weakref import ref
 from torch import nn
 
 from veneer.adapter.layers import AdaptedLinear, Routing
+from veneer.adapter.report import AttachReport, count
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError
 
@@ -122,6 +123,10 @@ class Bank:
         for path, module in entry.modules.items():
             found |= {f"{path}.{key}": value for key, value in module.named_parameters()}
         return found | entry.biases
+
+    def report(self, name: str | None = None) -> AttachReport:
+        """What an adapter (the newest, if not named) trains: parameters, share, size on disk; prints as one line."""
+        return count(self, name or self.names[-1])
 
     def _swap_in(self, entry: Entry) -> None:
         for name, new in {**entry.modules, **entry.biases}.items():

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from veneer.cli.common import Device, Dtype, Force, Model, err, open_adapter
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError
 
 
 def command(
@@ -33,16 +33,17 @@ def command(
     force: Force = False,
 ) -> None:
     """Score an adapter against its base on held-out examples, side by side."""
-    from veneer.config import TrainConfig
+    from veneer.config import DataConfig, TrainConfig
+    from veneer.data.parts import part_of
     from veneer.files import write_text
     from veneer.training.score import score, subset
 
     opened = open_adapter(path, model, device=device, dtype=dtype, force=force)
     config = TrainConfig.load(opened.run / "config.yaml") if opened.run else None
-    sources = data or (config.data.heldout if config else None)
-    if not sources:
+    options = DataConfig(train=data or "unused", heldout=data) if data or not config else config.data
+    if data is None and not (config and (options.heldout or options.heldout_fraction)):
         raise ConfigError("say what to score on with --data: there is no held-out data in a configuration here")
-    examples = subset(_examples(sources, config), limit)
+    examples = subset(list(part_of(options, "heldout", config.seed if config else 0)), limit)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err
     ) as bars:
@@ -63,7 +64,8 @@ def command(
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
-    result = {"heldout": ", ".join([sources] if isinstance(sources, str) else sources)} | result
+    sources = options.heldout or f"{options.heldout_fraction:.0%} of {options.train}"
+    result = {"heldout": sources if isinstance(sources, str) else ", ".join(sources)} | result
     if opened.run:
         from veneer.report.page import write_report
 
@@ -73,16 +75,6 @@ def command(
         print(json.dumps(result, ensure_ascii=False, indent=1))
     else:
         Console(highlight=False).print(scores_table(result))
-
-
-def _examples(sources: Any, config: Any) -> list:
-    from veneer.data.load import read_examples
-
-    options = {"format": config.data.format, "split": config.data.split} if config else {}
-    examples = list(read_examples(sources, **options))
-    if not examples:
-        raise DataError(f"{sources}: no examples")
-    return examples
 
 
 def scores_table(result: dict[str, Any]) -> Table:

@@ -125,7 +125,7 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
 
 
 def _dry_run(trainer: Any, config: Any) -> None:
-    from veneer.adapter.attach import attach, report
+    from veneer.adapter.attach import attach
     from veneer.training.setup import check_out
 
     check_out(trainer.out)
@@ -133,7 +133,7 @@ def _dry_run(trainer: Any, config: Any) -> None:
     bank = attach(setup.model, config.adapter, seed=config.seed)
     options = config.train
     print(config.to_yaml())
-    err.print(str(report(bank)))
+    err.print(str(bank.report()))
     err.print(f"{setup.total_steps(options)} steps of {options.batch_size} examples; all is valid, nothing was trained")
 
 

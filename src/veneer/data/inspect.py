@@ -85,8 +85,15 @@ def render_inspection(found: Inspection, console: Console, show: int = 3) -> Non
 
 
 def _coloured(example: TokenizedExample, tokenizer: Any) -> Text:
-    text = Text()
-    for i, (token, supervised) in enumerate(zip(example.input_ids.tolist(), example.supervised)):
-        piece = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text.append(piece, style=("green underline" if i % 2 else "green bold") if supervised else "dim")
+    """Tokens in colour; those that hold parts of one character are shown together."""
+    text, waiting, number = Text(), [], 0
+    for token, supervised in zip(example.input_ids.tolist(), example.supervised):
+        waiting.append(token)
+        piece = tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if piece.endswith("\ufffd") and len(waiting) < 8:
+            continue
+        text.append(piece, style=("green underline" if number % 2 else "green bold") if supervised else "dim")
+        waiting, number = [], number + 1
+    if waiting:
+        text.append(tokenizer.decode(waiting, skip_special_tokens=False), style="dim")
     return text

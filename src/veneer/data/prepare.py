@@ -29,9 +29,10 @@ BATCH = 512
 
 @dataclass
 class Counts:
-    """What became of the examples that were read. `examples` counts what is trained on; `longest` is in tokens."""
+    """What became of the examples read: `examples` are trained on, `skipped` were bad rows, `longest` is in tokens."""
 
     read: int = 0
+    skipped: int = 0
     examples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
@@ -100,7 +101,8 @@ def prepare(
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     shards, total, stream, n = [], Counts(), None, 0
-    finished = _finished(folder)
+    done = _finished(folder)
+    finished = done["shards"] if done else None
     while finished is None or n < finished:
         shard = _read_shard(folder, n) if stream is None else None
         if shard is None:
@@ -123,8 +125,9 @@ def prepare(
     if total.supervised_tokens == 0:
         why = "; ".join(f"{number} {reason}" for reason, number in total.dropped.items()) or "no examples"
         raise DataError(f"no supervised token in {total.read} examples ({why}): there is nothing to learn from")
+    total.skipped = done["skipped"] if done and stream is None else getattr(examples, "skipped", 0)
     if folder:
-        write_text(folder / "done.json", json.dumps({"shards": n}) + "\n")
+        write_text(folder / "done.json", json.dumps({"shards": n, "skipped": total.skipped}) + "\n")
     return PreparedData(shards, total, key)
 
 
@@ -214,8 +217,9 @@ def _read_shard(folder: Path | None, n: int) -> Shard | None:
     return arrays, counts
 
 
-def _finished(folder: Path | None) -> int | None:
+def _finished(folder: Path | None) -> dict[str, int] | None:
     try:
-        return json.loads((folder / "done.json").read_text())["shards"] if folder else None
-    except (OSError, ValueError, KeyError):
+        done = json.loads((folder / "done.json").read_text()) if folder else None
+    except (OSError, ValueError):
         return None
+    return done if isinstance(done, dict) and {"shards", "skipped"} <= done.keys() else None

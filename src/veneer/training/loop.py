@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import torch
 
-from veneer.adapter.attach import AttachReport, attach, get_bank, report
+from veneer.adapter.attach import attach, get_bank
+from veneer.adapter.report import AttachReport
 from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.errors import RunError, TrainingDiverged, VeneerError
@@ -101,7 +102,7 @@ class Trainer:
         attach(setup.model, self.config.adapter, seed=self.config.seed)
         bank = get_bank(setup.model)
         self.parameters = bank.parameters("default")
-        self.report: AttachReport = report(bank)
+        self.report: AttachReport = bank.report()
         self._note(str(self.report))
         self.optimizer = make_optimizer(self.parameters, self.config.train)
         if self.config.train.checkpointing:

@@ -19,7 +19,7 @@ from veneer.base.load import load_base
 from veneer.base.paths import cache_dir
 from veneer.config import OptimConfig, TrainConfig
 from veneer.data.example import TokenizedExample
-from veneer.data.load import content_hash, read_examples
+from veneer.data.parts import part_of
 from veneer.data.prepare import Counts, PreparedData, prepare
 from veneer.errors import DataError, RunError
 from veneer.formats.peft import base_record
@@ -27,19 +27,6 @@ from veneer.version import __version__
 
 MAY_CHANGE = {"out", "device", "train.save_every", "train.keep_checkpoints", "train.log_to"}
 """Keys that a resumed run may set anew: they do not change its result."""
-
-
-class Subset(Sequence):
-    """Some examples of prepared data, by index."""
-
-    def __init__(self, data: PreparedData, indices: np.ndarray) -> None:
-        self.data, self.indices = data, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> TokenizedExample:
-        return self.data[int(self.indices[i])]
 
 
 @dataclass
@@ -103,21 +90,11 @@ def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
     model, tokenizer = load_base(
         config.model, dtype=config.dtype, device=config.device, chat_template=config.data.chat_template
     )
-    train = load_data(config, config.data.train, tokenizer, "training", note)
-    counts = {"train": train.counts}
-    heldout: Sequence[TokenizedExample] | None = None
-    used: Sequence[TokenizedExample] = train
-    if config.data.heldout is not None:
-        heldout = load_data(config, config.data.heldout, tokenizer, "held-out", note)
+    train = load_data(config, "train", tokenizer, note)
+    counts, heldout = {"train": train.counts}, None
+    if config.data.heldout is not None or config.data.heldout_fraction:
+        heldout = load_data(config, "heldout", tokenizer, note)
         counts["heldout"] = heldout.counts
-    elif config.data.heldout_fraction:
-        order = np.random.default_rng([config.seed, 1 << 20]).permutation(len(train))
-        cut = max(1, round(len(train) * config.data.heldout_fraction))
-        if cut >= len(train):
-            raise DataError(
-                f"data.heldout_fraction {config.data.heldout_fraction} leaves none of {len(train)} to train on"
-            )
-        heldout, used = Subset(train, order[:cut]), Subset(train, np.sort(order[cut:]))
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(c.longest for c in counts.values())
     if room and longest > room:
@@ -125,31 +102,27 @@ def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
             f"the longest example has {longest} tokens and the model's context is {room}: set data.max_length to at "
             f"most {room}"
         )
-    return Setup(model, tokenizer, used, heldout, train.key, counts, base_record(model))
+    return Setup(model, tokenizer, train, heldout, train.key, counts, base_record(model))
 
 
-def load_data(
-    config: TrainConfig, sources: str | list[str], tokenizer: Any, what: str, note: Callable[[str], None]
-) -> PreparedData:
-    """Read and tokenise one set of sources, saying what was found and what was left out."""
+def load_data(config: TrainConfig, part: str, tokenizer: Any, note: Callable[[str], None]) -> PreparedData:
+    """Read and tokenise the "train" or "heldout" part, saying what was found and what was left out."""
     options = config.data
-    reader = read_examples(
-        sources, format=options.format, on_bad_row=options.on_bad_row, split=options.split, limit=options.limit
-    )
-    identity = f"{content_hash(sources)} {options.format} {options.on_bad_row} {options.split} {options.limit}"
+    examples = part_of(config.data, part, config.seed)
     data = prepare(
-        reader,
+        examples,
         tokenizer,
-        content_hash=identity,
+        content_hash=examples.identity,
         cache_dir=cache_dir() / "tokenized",
         train_on=options.train_on,
         max_length=options.max_length,
         on_long=options.on_long,
     )
+    what = {"train": "training", "heldout": "held-out"}[part]
     c = data.counts
     note(f"{what} data: {c.examples:,} examples, {c.tokens:,} tokens, {c.supervised_tokens:,} supervised")
     for number, text in (
-        (reader.skipped, "bad rows skipped (--on-bad-row skip)"),
+        (c.skipped, "bad rows skipped (--on-bad-row skip)"),
         (c.truncated, "examples cut to data.max_length"),
         (c.split, "examples split at data.max_length"),
         (c.end_of_turn_untrained, "examples without a trained end-of-turn token: the model may not learn to stop"),
