@@ -12,27 +12,27 @@ wanted=$(cat pyproject.toml constraints.txt scripts/install.sh | sha256sum | cut
 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-pip install --quiet --upgrade "pip>=25" "setuptools>=77" wheel
+pip install -qq --upgrade "pip>=25" "setuptools>=77" wheel
 
-if ! "$venv/bin/python" -c "import torch" 2>/dev/null; then
+if ! "$venv/bin/python" -W ignore -c "import torch" 2>/dev/null; then
   torch=$(grep '^torch==' constraints.txt)
   if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     echo "installing torch for the NVIDIA GPU"
-    pip install --quiet "torch>=2.7"
-  elif [ "$(uname -s)" != Linux ] || pip download --quiet --no-deps --dest "$venv/.torch" --no-index ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} "$torch" 2>/dev/null; then
+    pip install -qq "torch>=2.7"
+  elif [ "$(uname -s)" != Linux ] || pip download -qq --no-deps --dest "$venv/.torch" --no-index ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"} "$torch" 2>/dev/null; then
     echo "installing torch for the CPU"
-    pip install --quiet "$torch"
+    pip install -qq "$torch"
   else
     echo "installing torch for the CPU"
-    pip install --quiet uv
-    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu "$torch"
+    pip install -qq uv
+    "$venv/bin/uv" pip install -qq --python "$venv/bin/python" --torch-backend cpu "$torch"
   fi
   rm -rf "$venv/.torch"
 fi
 echo "installing veneer$extra"
-if "$venv/bin/python" -c "import torch, sys; sys.exit(torch.version.cuda is None)"; then
-  pip install --quiet --editable ".$extra"
+if "$venv/bin/python" -W ignore -c "import torch, sys; sys.exit(torch.version.cuda is None)"; then
+  pip install -qq --editable ".$extra"
 else
-  pip install --quiet --constraint constraints.txt --editable ".$extra"
+  pip install -qq --constraint constraints.txt --editable ".$extra"
 fi
 echo "$wanted" > "$stamp"

