@@ -1,0 +1,436 @@
+"""Every start against its written definition and against PEFT's, on tiny models."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from conftest import tiny_llama
+from veneer.adapter.init import start
+from veneer.adapter.init.calibration import Covariance, collect_inputs, weight_gradients
+from veneer.adapter.init.eva import StreamedPCA, redistribute
+from veneer.adapter.init.spectral import corda, loftq, lora_ga, low_rank_svd, olora, pissa
+from veneer.adapter.math import scaling
+from veneer.adapter.targets import select
+from veneer.config import AdapterConfig, TrainConfig
+from veneer.errors import ConfigError
+
+RANK, ALPHA = 4, 6.0
+SPECTRAL = ["pissa", "olora", "corda", "lora_ga"]
+
+
+@pytest.fixture
+def llama():
+    """A model whose weights have falling singular values, as trained ones do: no two starts are equally good."""
+    model = tiny_llama()
+    for weight in (p for p in model.parameters() if p.dim() == 2):
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        weight.copy_(u * 0.8 ** torch.arange(len(s)) @ vh)
+    return model
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batches(count: int = 5, length: int = 23) -> list[dict]:
+    """One sequence each, the first tokens unsupervised."""
+    generator = torch.Generator().manual_seed(7)
+    ids = [torch.randint(1, 420, (1, length), generator=generator) for _ in range(count)]
+    return [{"input_ids": i, "labels": torch.where(torch.arange(length) < 6, -100, i)} for i in ids]
+
+
+def starts(model: nn.Module, calibration=None, **options) -> dict:
+    """The starts of all the model's linears by name."""
+    config = AdapterConfig(**{"rank": RANK, "alpha": ALPHA} | options)
+    targets = chosen(model, config)
+    found = start(model, targets, config, seed=3, calibration=calibration)
+    return {target.name: one for target, one in zip(targets, found, strict=True)}
+
+
+def peft_config(init, **options):
+    from peft import LoraConfig
+
+    values = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "init_lora_weights": init}
+    return LoraConfig(**values | {"task_type": "CAUSAL_LM"} | options)
+
+
+def peft_layers(model: nn.Module) -> dict:
+    """PEFT's adapted linears by the base's names: lora_A, lora_B, scaling, base weight."""
+    layers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            layers[name.removeprefix("base_model.model.")] = (
+                module.lora_A["default"].weight.data,
+                module.lora_B["default"].weight.data,
+                module.scaling["default"],
+                module.get_base_layer().weight.data,
+            )
+    return layers
+
+
+def same_up_to_sign(a: torch.Tensor, b: torch.Tensor, rtol: float = 1e-3) -> None:
+    """Rows of a and b agree, each up to its sign."""
+    sign = torch.sign((a * b).sum(1, keepdim=True))
+    assert (a - sign * b).norm() <= rtol * b.norm()
+
+
+def check_equal_to_peft(model, theirs: dict, mine: dict, rslora: bool = False, rtol: float = 1e-3) -> None:
+    """The same modules, s, s·B·A, factors up to the sign of each component, and W_res + s·B·A = W."""
+    assert set(theirs) == set(mine)
+    for name, (lora_A, lora_B, scale, residual) in theirs.items():
+        one, weight = mine[name], model.get_submodule(name).weight
+        assert one.changes_base and scale == pytest.approx(scaling(RANK, ALPHA, rslora))
+        product = scale * one.lora_B @ one.lora_A
+        assert (product - scale * lora_B @ lora_A).norm() <= rtol * product.norm()
+        assert torch.allclose(residual + product, weight, atol=rtol * float(weight.abs().max()))
+        same_up_to_sign(one.lora_A, lora_A, rtol)
+        same_up_to_sign(one.lora_B.t(), lora_B.t(), rtol)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pissa_and_olora_are_pefts(llama, init, rslora):
+    from peft import get_peft_model
+
+    theirs = peft_layers(get_peft_model(copy.deepcopy(llama), peft_config(init, use_rslora=rslora)))
+    check_equal_to_peft(llama, theirs, starts(llama, init=init, rslora=rslora), rslora)
+
+
+def test_fast_pissa_is_pefts(llama):
+    """After some iterations the random start no longer matters."""
+    from peft import get_peft_model
+
+    theirs = peft_layers(get_peft_model(copy.deepcopy(llama), peft_config("pissa_niter_32")))
+    mine = starts(llama, init="pissa", init_options={"pissa_iterations": 32})
+    for name, (lora_A, lora_B, *_) in theirs.items():
+        product = mine[name].lora_B @ mine[name].lora_A
+        assert (product - lora_B @ lora_A).norm() <= 1e-3 * product.norm(), name
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_is_pefts(llama, method, monkeypatch):
+    monkeypatch.setitem(sys.modules, "attr", dataclasses)  # PEFT wants attrs here, for its dataclass, unannounced
+    from peft import get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model, config = copy.deepcopy(llama), peft_config("corda", corda_config=CordaConfig(corda_method=method))
+    config.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    preprocess_corda(model, config, run_model=lambda: [model(input_ids=b["input_ids"]) for b in batches()])
+    theirs = peft_layers(get_peft_model(model, config))
+    mine = starts(llama, batches(), init="corda", init_options={"corda_method": method})
+    check_equal_to_peft(llama, theirs, mine, rtol=1e-2)
+
+
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
+@pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
+def test_lora_ga_is_pefts(llama, direction, scale):
+    from peft import get_peft_model
+    from peft.tuners.lora.config import LoraGAConfig
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    model = copy.deepcopy(llama)
+    options = LoraGAConfig(direction=direction, scale=scale, stable_gamma=9)
+    config = peft_config("lora_ga", lora_ga_config=options)
+    config.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    preprocess_loraga(model, config, lambda: [model(**b).loss.backward() for b in batches()])
+    torch.manual_seed(0)
+    theirs = peft_layers(get_peft_model(model, config))
+    chosen = {"lora_ga_direction": direction, "lora_ga_scale": scale}
+    gamma = {"lora_ga_gamma": 9} if scale == "stable" else {}
+    mine = starts(llama, batches(), init="lora_ga", init_options=chosen | gamma)
+    assert set(theirs) == set(mine)
+    for name, (lora_A, lora_B, *_) in theirs.items():  # both are randomised: single directions may turn a little
+        for a, b in ((mine[name].lora_A, lora_A), (mine[name].lora_B.t(), lora_B.t())):
+            assert a.norm() == pytest.approx(float(b.norm()), rel=0.02), name
+            assert overlap(a, b) > 0.98, name
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean squared cosine between the row spaces of a and b: 1 if they are the same."""
+    a, b = torch.linalg.qr(a.t()).Q, torch.linalg.qr(b.t()).Q
+    return float((a.t() @ b).square().sum() / a.shape[1])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"eva_whiten": True}, {"eva_supervised_only": False}, {"eva_rho": 1.0}], ids=str
+)
+def test_eva_is_pefts(llama, options):
+    """On one batch, which PEFT goes over until nothing changes. Targets with one input may swap their ranks."""
+    from peft import get_peft_model, initialize_lora_eva_weights
+    from peft.tuners.lora.config import EvaConfig
+
+    data = [{k: torch.cat([b[k] for b in batches(12)]) for k in ("input_ids", "labels")}]
+    theirs_options = EvaConfig(
+        rho=options.get("eva_rho", 2.0),
+        whiten=options.get("eva_whiten", False),
+        use_label_mask=options.get("eva_supervised_only", True),
+    )
+    model = get_peft_model(copy.deepcopy(llama), peft_config("eva", eva_config=theirs_options))
+    initialize_lora_eva_weights(model, data, show_progress_bar=False)
+    theirs, mine = peft_layers(model), starts(llama, data, init="eva", init_options=options)
+
+    def group(name):
+        return name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
+
+    def ranks(found):
+        grouped = {}
+        for name, rank in found:
+            grouped.setdefault(group(name), []).append(rank)
+        return {name: sum(values) for name, values in grouped.items()}
+
+    found, expected = (
+        ranks((n, len(one.lora_A)) for n, one in mine.items()),
+        ranks((n, len(t[0])) for n, t in theirs.items()),
+    )
+    assert sum(found.values()) == sum(expected.values()) == RANK * len(mine)
+    assert all(abs(found[name] - expected[name]) <= 1 for name in expected)
+    if "eva_whiten" in options:  # PEFT divides in place, once for each target of an input: compare those with their own
+        theirs = {name: pair for name, pair in theirs.items() if name.endswith(("o_proj", "down_proj"))}
+    for name, (lora_A, lora_B, scale, _) in theirs.items():
+        one, k = mine[name], min(3, len(lora_A), len(mine[name].lora_A))
+        assert not one.changes_base and not one.lora_B.any() and not lora_B.any()
+        assert scaling(len(one.lora_A), one.alpha) == pytest.approx(scale)
+        assert overlap(one.lora_A[:k], lora_A[:k]) > 0.98
+        twice = 2**0.25 if "eva_whiten" in options else 1.0  # PEFT has gone over the batch twice: S is √2 as large
+        assert one.lora_A[:k].norm() == pytest.approx(twice * float(lora_A[:k].norm()), rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(37, 23), (23, 37)])
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_pissa_takes_the_best_part_of_the_weight(shape, scale):
+    weight = randn(*shape)
+    lora_A, lora_B = pissa(weight, 5, scale, None, None)
+    left = torch.linalg.svdvals(weight.double())[5:].square().sum().sqrt()
+    assert (weight - scale * lora_B @ lora_A).norm() == pytest.approx(float(left), rel=1e-4)
+    assert torch.allclose(lora_A.norm(dim=1), lora_B.norm(dim=0), rtol=1e-4)  # the singular value is shared evenly
+
+
+def test_olora_is_orthonormal_and_exact_at_full_rank():
+    weight = randn(19, 31)
+    lora_A, lora_B = olora(weight, 19)
+    assert torch.allclose(lora_B.t() @ lora_B, torch.eye(19), atol=1e-5)
+    assert torch.allclose(lora_B @ lora_A, weight, atol=1e-4)
+    some_A, some_B = olora(weight, 6)
+    assert torch.equal(some_A, lora_A[:6]) and torch.equal(some_B, lora_B[:, :6])
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_splits_the_weight_as_its_inputs_use_it(method):
+    """‖s·B·A·C‖ is the root of the summed squares of the r largest (smallest) singular values of W·C."""
+    weight, x = randn(21, 17), randn(400, 17, seed=1) * torch.linspace(0.2, 2, 17)
+    covariance = x.t() @ x / 400
+    lora_A, lora_B = corda(weight, covariance, 5, 0.7, method)
+    damped = covariance + 0.01 * covariance.diagonal().mean() * torch.eye(17)
+    s = torch.linalg.svdvals((weight @ damped).double())
+    s = s[:5] if method == "ipm" else s[-5:]
+    assert (0.7 * lora_B @ lora_A @ damped).norm() == pytest.approx(float(s.square().sum().sqrt()), rel=1e-3)
+
+
+def test_corda_makes_a_singular_covariance_invertible():
+    x = randn(3, 40)
+    lora_A, lora_B = corda(randn(30, 40, seed=1), x.t() @ x, 4, 1.0, "ipm")
+    assert lora_A.isfinite().all() and lora_B.isfinite().all()
+    with pytest.raises(ConfigError, match="cannot be inverted"):
+        corda(randn(30, 40), torch.full((40, 40), math.nan), 4, 1.0, "ipm")
+
+
+def test_loftq_takes_the_best_part_of_the_error():
+    weight = randn(33, 21)
+    quantised = (weight * 2).round() / 2
+    lora_A, lora_B = loftq(weight, quantised, 6, 1.5)
+    left = torch.linalg.svdvals((weight - quantised).double())[6:].square().sum().sqrt()
+    assert (weight - quantised - 1.5 * lora_B @ lora_A).norm() == pytest.approx(float(left), rel=1e-4)
+
+
+def test_lora_ga_directions_and_scales():
+    gradient, weight, r = randn(40, 28), randn(40, 28, seed=1), 4
+    u, s, vh = torch.linalg.svd(gradient)
+
+    def got(**options):
+        return lora_ga(gradient, weight, 7, 0.5, torch.Generator().manual_seed(0), **options)  # 4r = 28: no sketch
+
+    r = 7
+    for direction, rows, columns in (
+        ("ArB2r", range(r), range(r, 2 * r)),
+        ("A2rBr", range(r, 2 * r), range(r)),
+        ("ArBr", range(1, 2 * r, 2), range(0, 2 * r, 2)),
+    ):
+        lora_A, lora_B = got(direction=direction, scale="unit")
+        same_up_to_sign(lora_A, vh[list(rows)])
+        same_up_to_sign(lora_B.t(), (u[:, list(columns)] * s[list(columns)]).t())
+    unit_A, unit_B = got(scale="unit")
+    stable_A, stable_B = got(scale="stable", gamma=9.0)
+    assert torch.allclose(stable_B, unit_B * 40**0.25 / 3) and torch.equal(stable_A, unit_A)
+    gd_A, gd_B = got(scale="gd_scale")
+    assert torch.allclose(gd_A, unit_A * 2) and torch.allclose(gd_B, unit_B * 2)
+    _, svd_B = got(scale="weight_svd")
+    assert svd_B.norm(dim=0)[0] == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=0.02)
+    random_A, random_B = got(direction="random", scale="unit")
+    assert ((random_A @ vh[: 2 * r].t()).square().sum(1) > 0.999).all() and random_B.shape == (40, r)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 30), st.integers(2, 30), st.integers(1, 8), st.integers(0, 99))
+def test_low_rank_svd_is_exact_for_low_rank(m, n, rank, seed):
+    rank = min(rank, m, n)
+    matrix = randn(m, rank, seed=seed) @ randn(rank, n, seed=seed + 1)
+    u, s, vh = low_rank_svd(matrix, rank, 2, torch.Generator().manual_seed(seed))
+    assert torch.allclose(u * s @ vh, matrix, atol=1e-3 * float(matrix.norm()))
+    assert torch.allclose(u.t() @ u, torch.eye(rank), atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(0, 99))
+def test_streamed_pca_of_batches_is_the_pca_of_all_rows(sizes, seed):
+    """Exact while as many components are kept as there are dimensions."""
+    rows = randn(sum(sizes) + 3, 9, seed=seed) * torch.linspace(0.5, 3, 9) + 5
+    pca = StreamedPCA(9)
+    for part in rows.split([*sizes, 3]):
+        pca.update(part)
+    centred = (rows - rows.mean(0)).double()
+    s = torch.linalg.svdvals(centred)[: len(pca.singular)]
+    assert torch.allclose(pca.mean, rows.mean(0), atol=1e-4) and pca.rows == len(rows)
+    assert torch.allclose(pca.singular[: len(s)].double(), s, atol=1e-3 * float(s[0]))
+    assert torch.allclose(pca.explained[: len(s)].double(), s**2 / centred.square().sum(), atol=1e-4)
+
+
+def test_streamed_pca_finds_a_few_strong_directions():
+    strong = torch.linalg.qr(randn(60, 4)).Q.t()
+    rows = randn(500, 4, seed=1) * torch.tensor([9.0, 7.0, 5.0, 3.0]) @ strong + 0.1 * randn(500, 60, seed=2)
+    pca = StreamedPCA(4, torch.Generator().manual_seed(0))
+    for part in rows.split(83):
+        pca.update(part)
+    assert overlap(pca.vectors, strong) > 0.99
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=6), min_size=1, max_size=6), st.data())
+def test_redistributed_ranks_keep_the_largest_shares(shares, data):
+    shares = [sorted(s, reverse=True) for s in shares]
+    budget = data.draw(st.integers(0, sum(map(len, shares))))
+    ranks = redistribute([torch.tensor(s) for s in shares], budget)
+    assert sum(ranks) == budget
+    kept = [v for s, r in zip(shares, ranks) for v in s[:r]]
+    left = [v for s, r in zip(shares, ranks) for v in s[r:]]
+    assert not kept or not left or min(kept) >= max(left)
+
+
+def test_gradients_are_autograds_and_the_model_is_as_before(llama):
+    """The mean over batches, in eval mode, while some parameters train and others do not."""
+    config = AdapterConfig(rank=4)
+    reference = copy.deepcopy(llama).requires_grad_(True)
+    for batch in batches():
+        (reference(**batch).loss / len(batches())).backward()
+    llama.train()
+    llama.model.norm.weight.requires_grad_(True)
+    before = {name: p.clone() for name, p in llama.named_parameters()}
+    targets = chosen(llama, config)
+    for target, gradient in zip(targets, weight_gradients(llama, targets, batches()), strict=True):
+        expected = reference.get_submodule(target.name).weight.grad
+        assert torch.allclose(gradient, expected, atol=1e-5 * float(expected.abs().max())), target.name
+    assert all(module.training for module in llama.modules())
+    assert [n for n, p in llama.named_parameters() if p.requires_grad] == ["model.norm.weight"]
+    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in llama.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
+
+
+def test_inputs_are_shared_and_padding_is_left_out(llama):
+    class Rows:
+        def __init__(self):
+            self.seen = []
+
+        def update(self, x):
+            self.seen.append(x)
+
+    config, data = AdapterConfig(rank=4), batches(2)
+    padded = {
+        "input_ids": torch.cat([torch.cat([b["input_ids"], torch.zeros(1, 5).long()], 1) for b in data]),
+        "attention_mask": torch.cat([torch.ones(2, 23), torch.zeros(2, 5)], 1).long(),
+    }
+    targets = chosen(llama, config)
+    plain = collect_inputs(llama, targets, data, Rows)
+    masked = collect_inputs(llama, targets, [padded], Rows)
+    few = collect_inputs(llama, targets, data, Rows, supervised_only=True)
+    by_name = {t.name: rows for t, rows in zip(targets, plain)}
+    attention = [by_name[f"model.layers.1.self_attn.{n}_proj"] for n in "qkv"]
+    assert attention[0] is attention[1] is attention[2] and len({id(rows) for rows in plain}) == 8
+    for a, b, c in zip(plain, masked, few):
+        assert [len(x) for x in a.seen] == [23, 23] and [len(x) for x in c.seen] == [17, 17]
+        assert torch.allclose(torch.cat(a.seen), torch.cat(b.seen), atol=1e-5)
+        assert torch.equal(a.seen[0][6:], c.seen[0])
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal", *SPECTRAL, "eva"])
+def test_a_seed_gives_the_same_start_on_any_weight_type(init, llama):
+    options = {"pissa_iterations": 3} if init == "pissa" else {}
+    first, again = (starts(llama, batches(), init=init, init_options=options) for _ in range(2))
+    half = starts(copy.deepcopy(llama).bfloat16(), batches(), init=init, init_options=options)
+    for name, one in first.items():
+        assert torch.equal(one.lora_A, again[name].lora_A) and torch.equal(one.lora_B, again[name].lora_B)
+        for factor in (one.lora_A, half[name].lora_A, one.lora_B, half[name].lora_B):
+            assert factor.dtype == torch.float32 and factor.isfinite().all()
+        assert one.lora_A.shape[1] == llama.get_submodule(name).in_features
+
+
+def test_what_cannot_start_is_refused_with_the_reason(llama):
+    for init in ("eva", "corda", "lora_ga"):
+        with pytest.raises(ConfigError, match="computed from data"):
+            starts(llama, init=init)
+    with pytest.raises(ConfigError, match="even rank.*q_proj has 3"):
+        starts(llama, init="orthogonal", rank=3)
+    with pytest.raises(ConfigError, match="k_proj has 12: use at most rank 6"):
+        starts(llama, batches(), init="lora_ga", rank=7)
+    with pytest.raises(ConfigError, match="not quantised"):
+        starts(llama, init="loftq")
+    with pytest.raises(ConfigError, match="2 calibration tokens and 8 are needed"):
+        starts(llama, batches(1, 8), init="eva")
+    with pytest.raises(ConfigError, match="no loss"):
+        starts(llama, [{"input_ids": b["input_ids"]} for b in batches()], init="lora_ga")
+    with pytest.raises(ConfigError, match="no calibration batch reached 14"):
+        starts(llama, [], init="corda")
+
+
+def test_an_option_of_another_init_is_refused():
+    with pytest.raises(ConfigError, match="'init_options.eva_rho': has no effect with init 'pissa'"):
+        AdapterConfig(init="pissa", init_options={"eva_rho": 3})
+    with pytest.raises(ConfigError, match="'adapter.init_options.examples': has no effect"):
+        TrainConfig(data="x", out="y", adapter={"init_options": {"examples": 3}})
+    config = AdapterConfig(init="eva", init_options={"eva_rho": 3, "examples": 5})
+    assert AdapterConfig(**config.model_dump()) == config
+
+
+def test_covariance_is_the_mean_over_batches():
+    covariance, x, y = Covariance(), randn(7, 5), randn(4, 5, seed=1)
+    for part in (x, y, x[:0]):
+        covariance.update(part)
+    x, y = x / x.max(), y / y.max()
+    assert torch.allclose(covariance.mean, (x.t() @ x + y.t() @ y) / 2, atol=1e-6)
+
+
+def test_models_start_where_the_base_stands():
+    """W − s·B·A + s·B·A is W, on a model whose linears are not square, for every start that changes the base."""
+    model = tiny_llama(tie_word_embeddings=False)
+    for init in SPECTRAL:
+        for name, one in starts(model, batches(), init=init).items():
+            weight = model.get_submodule(name).weight
+            assert one.changes_base and one.alpha is None
+            assert one.lora_A.shape == (RANK, weight.shape[1]) and one.lora_B.shape == (weight.shape[0], RANK)
+
+
+def chosen(model, config):
+    from types import SimpleNamespace
+
+    return [
+        SimpleNamespace(**vars(t), kind="linear", d_in=t.module.in_features, d_out=t.module.out_features)
+        for t in select(model, config)
+    ]
