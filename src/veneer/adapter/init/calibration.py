@@ -120,7 +120,7 @@ def weight_gradients(model: nn.Module, targets: Sequence[Target], calibration: B
         for hook in hooks:
             hook.remove()
     _check_reached(targets, sums)
-    return [sums[target.name] / count for target in targets]
+    return [sums[target.name].div_(count) for target in targets]
 
 
 @contextmanager
