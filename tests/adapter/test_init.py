@@ -51,7 +51,7 @@ def batches(count: int = 5, length: int = 23) -> list[dict]:
 def starts(model: nn.Module, calibration=None, **options) -> dict:
     """The starts of all the model's linears by name."""
     config = AdapterConfig(**{"rank": RANK, "alpha": ALPHA} | options)
-    targets = chosen(model, config)
+    targets = select(model, config)
     found = start(model, targets, config, seed=3, calibration=calibration)
     return {target.name: one for target, one in zip(targets, found, strict=True)}
 
@@ -334,7 +334,7 @@ def test_gradients_are_autograds_and_the_model_is_as_before(llama):
     llama.train()
     llama.model.norm.weight.requires_grad_(True)
     before = {name: p.clone() for name, p in llama.named_parameters()}
-    targets = chosen(llama, config)
+    targets = select(llama, config)
     for target, gradient in zip(targets, weight_gradients(llama, targets, batches()), strict=True):
         expected = reference.get_submodule(target.name).weight.grad
         assert torch.allclose(gradient, expected, atol=1e-5 * float(expected.abs().max())), target.name
@@ -357,7 +357,7 @@ def test_inputs_are_shared_and_padding_is_left_out(llama):
         "input_ids": torch.cat([torch.cat([b["input_ids"], torch.zeros(1, 5).long()], 1) for b in data]),
         "attention_mask": torch.cat([torch.ones(2, 23), torch.zeros(2, 5)], 1).long(),
     }
-    targets = chosen(llama, config)
+    targets = select(llama, config)
     plain = collect_inputs(llama, targets, data, Rows)
     masked = collect_inputs(llama, targets, [padded], Rows)
     few = collect_inputs(llama, targets, data, Rows, supervised_only=True)
@@ -425,12 +425,3 @@ def test_models_start_where_the_base_stands():
             weight = model.get_submodule(name).weight
             assert one.changes_base and one.alpha is None
             assert one.lora_A.shape == (RANK, weight.shape[1]) and one.lora_B.shape == (weight.shape[0], RANK)
-
-
-def chosen(model, config):
-    from types import SimpleNamespace
-
-    return [
-        SimpleNamespace(**vars(t), kind="linear", d_in=t.module.in_features, d_out=t.module.out_features)
-        for t in select(model, config)
-    ]

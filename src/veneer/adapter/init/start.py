@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from veneer.adapter.frozen import is_quantised, weight_of
 from veneer.adapter.init import random, spectral
 from veneer.adapter.init.calibration import Batches, Covariance, collect_inputs, weight_gradients
 from veneer.adapter.init.eva import StreamedPCA, redistribute
-from veneer.adapter.math import scaling
+from veneer.adapter.math import alpha_of, scaling
 from veneer.adapter.targets import Target
 from veneer.config import AdapterConfig
 from veneer.errors import ConfigError
@@ -24,15 +24,16 @@ DATA_DRIVEN = ("eva", "corda", "lora_ga")
 
 @dataclass(frozen=True)
 class Start:
-    """How one target starts: float32 factors on the CPU, lora_A (rank, d_in) and lora_B (d_out, rank).
+    """How one target's factors start: float32 lora_A (rank, d_in) and lora_B (d_out, rank), on the CPU.
 
-    With `changes_base` the start is for a base of W − s·B·A. The rank may be another than the target's, 0 included
-    (EVA: nothing to adapt here); `alpha`, if given, then takes the place of the target's.
+    `changes_base`: the factors assume the base W − s·B·A. `rank` and `alpha`, where given, replace the target's; rank 0
+    leaves it as it is (EVA).
     """
 
     lora_A: Tensor
     lora_B: Tensor
     changes_base: bool = False
+    rank: int | None = None
     alpha: float | None = None
 
 
@@ -72,7 +73,7 @@ def start(
 
 def _check(target: Target, config: AdapterConfig) -> None:
     """Raise `ConfigError` where this initialisation is not defined for this target."""
-    what, kind, limit = f"init {config.init!r}", target.kind, min(target.d_in, target.d_out)
+    what, kind = f"init {config.init!r}", target.kind
     if config.init in ("kaiming", "gaussian"):
         return
     if kind != "linear" and not (config.init == "orthogonal" and kind == "attention"):
@@ -81,6 +82,7 @@ def _check(target: Target, config: AdapterConfig) -> None:
         )
     if config.init == "orthogonal" and target.rank % 2:
         raise ConfigError(f"{what} needs an even rank, and {target.name} has {target.rank}")
+    limit = min(target.d_in, target.d_out)
     if target.rank > limit:
         raise ConfigError(f"{what}: rank {target.rank} is above what {target.name} holds, which is {limit}")
     if config.init == "lora_ga" and 2 * target.rank > limit:
@@ -93,8 +95,10 @@ def _check(target: Target, config: AdapterConfig) -> None:
 
 
 def _random(target: Target, init: str, generator: Generator | None) -> tuple[Tensor, Tensor]:
-    initialise = random.embedding if target.kind == "embedding" else RANDOM[init]
-    return initialise(target.rank, target.d_in, target.d_out, generator)
+    layer, initialise = target.layer(), random.embedding if target.kind == "embedding" else RANDOM[init]
+    copies = layer.experts if target.kind == "parameter" else 1
+    lora_A, lora_B = initialise(target.rank * copies, layer.d_in, layer.d_out, generator)
+    return lora_A, lora_B[:, : target.rank // target.module.groups] if target.kind == "conv" else lora_B
 
 
 def _scaling(target: Target, config: AdapterConfig) -> float:
@@ -155,10 +159,8 @@ def _loftq(target: Target, config: AdapterConfig, float_weights: Callable[[str],
         )
     quantised = weight_of(target.module).float()
     weight = float_weights(target.name).to(quantised)
-    if weight.shape != quantised.shape:
-        raise ConfigError(
-            f"init 'loftq': the float weight of {target.name} is {tuple(weight.shape)}, not {tuple(quantised.shape)}"
-        )
+    if weight.shape != quantised.shape or (weight - quantised).norm() > 0.5 * weight.norm():
+        raise ConfigError(f"init 'loftq': the float weight given for {target.name} is not what was quantised there")
     lora_A, lora_B = spectral.loftq(weight, quantised, target.rank, _scaling(target, config))
     return Start(lora_A.cpu(), lora_B.cpu())
 
@@ -184,9 +186,23 @@ def _eva(model, targets, config, calibration, generator) -> list[Start]:
         lora_A = pca.vectors[:rank]
         if options.eva_whiten:
             lora_A = lora_A / pca.singular[:rank, None].sqrt()
-        growth = rank / target.rank
-        alpha = target.alpha * (growth**0.5 if config.rslora else growth)
-        starts.append(Start(lora_A.cpu().clone(), torch.zeros(target.d_out, rank), alpha=alpha))
+        lora_B = torch.zeros(target.d_out, rank)
+        starts.append(Start(lora_A.cpu().clone(), lora_B, rank=rank, alpha=_alpha(target, rank, config)))
+    return starts
+
+
+def _alpha(target: Target, rank: int, config: AdapterConfig) -> float:
+    """Alpha at another rank than the target's, so that the scaling is the same."""
+    return alpha_of(rank, _scaling(target, config), config.rslora)
+
+
+def blank(targets: Sequence[Target], config: AdapterConfig, ranks: Mapping[str, int]) -> list[Start]:
+    """Starts of zeros at the given ranks by name (absent: 0), for factors that a checkpoint holds: nothing is computed."""
+    starts = []
+    for target in targets:
+        rank = ranks.get(target.name, 0)
+        lora_A, lora_B = torch.zeros(rank, target.d_in), torch.zeros(target.d_out, rank)
+        starts.append(Start(lora_A, lora_B, config.init in _SPECTRAL, rank, _alpha(target, rank, config)))
     return starts
 
 
