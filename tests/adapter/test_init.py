@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import tiny_llama
+from veneer.adapter.attach import attach_blank
 from veneer.adapter.init import start
 from veneer.adapter.init.calibration import Covariance, collect_inputs, weight_gradients
 from veneer.adapter.init.eva import StreamedPCA, redistribute
@@ -425,3 +426,58 @@ def test_models_start_where_the_base_stands():
             weight = model.get_submodule(name).weight
             assert one.changes_base and one.alpha is None
             assert one.lora_A.shape == (RANK, weight.shape[1]) and one.lora_B.shape == (weight.shape[0], RANK)
+
+
+def test_loftq_is_computed_from_the_weights_before_quantisation(llama):
+    """Here: rounded to 16ths and kept as whole numbers of the model's own scale."""
+    config, original = AdapterConfig(rank=4, alpha=6, init="loftq"), {}
+    for target in select(llama, AdapterConfig(rank=4)):
+        original[target.name] = target.module.weight * 64
+        target.module.weight = nn.Parameter(original[target.name].round().to(torch.int8), requires_grad=False)
+    targets = select(llama, config)
+    for target, one in zip(targets, start(llama, targets, config, float_weights=original.get), strict=True):
+        error = original[target.name] - target.module.weight.float()
+        left = torch.linalg.svdvals(error.double())[4:].square().sum().sqrt()
+        assert not one.changes_base
+        assert (error - 1.5 * one.lora_B @ one.lora_A).norm() == pytest.approx(float(left), rel=1e-3)
+    with pytest.raises(ConfigError, match="needs the weights from before"):
+        start(llama, targets, config)
+    with pytest.raises(ConfigError, match="q_proj is not what was quantised"):
+        start(llama, targets, config, float_weights=lambda name: -original[name])
+
+
+def test_a_module_that_is_left_no_rank_is_not_adapted(llama):
+    """As EVA may leave one: the adapter is without it in every respect, its bias included."""
+    names = [target.name for target in select(llama, AdapterConfig(rank=4))]
+    config = AdapterConfig(rank=4, alpha=6, rslora=True, init="eva")
+    bank = attach_blank(llama, config, dict.fromkeys(names[1:], 3))
+    assert list(bank.layers) == bank.entries["default"].targets == names[1:]
+    assert type(llama.get_submodule(names[0])) is nn.Linear
+    assert {layer.rank["default"] for layer in bank.layers.values()} == {3}
+    assert all(layer.scaling["default"] == pytest.approx(3.0) for layer in bank.layers.values())
+
+
+def test_kinds_that_an_init_is_not_for_are_refused_by_name(llama):
+    for init in ("orthogonal", "pissa", "olora", "loftq", "corda"):
+        config = AdapterConfig(rank=4, init=init, target_modules=["embed_tokens", "q_proj"], tied_head="embedding")
+        with pytest.raises(
+            ConfigError, match=f"{init}' is for linear layers and model.embed_tokens is of kind embedding"
+        ):
+            start(llama, select(llama, config), config, calibration=[])
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    config = AdapterConfig(rank=2, init="pissa", target_modules=["0", "2"])
+    with pytest.raises(ConfigError, match="0 is of kind conv: exclude it"):
+        start(model, select(model, config), config)
+
+
+def test_embeddings_and_convolutions_start_as_pefts(llama):
+    """Embeddings: A = 0 and B normal; convolutions: A uniform within 1/√(channels·kernel), B = 0."""
+    config = AdapterConfig(rank=4, init="gaussian", target_modules=["embed_tokens"], tied_head="embedding")
+    (one,) = start(llama, select(llama, config), config, seed=0)
+    assert not one.lora_A.any() and one.lora_A.shape == (4, 420)
+    assert one.lora_B.shape == (36, 4) and 0.8 < float(one.lora_B.std()) < 1.2
+    model = nn.Sequential(nn.Conv2d(6, 8, 5, groups=2))
+    config = AdapterConfig(rank=4, target_modules=["0"])
+    (one,) = start(model, select(model, config), config, seed=0)
+    assert one.lora_A.shape == (4, 150) and one.lora_B.shape == (8, 2) and not one.lora_B.any()
+    assert 0.9 < float(one.lora_A.abs().max()) * 150**0.5 <= 1

@@ -70,12 +70,12 @@ def attach(
     return _install_kept(plan, starts, name)
 
 
-def attach_blank(model: nn.Module, config: AdapterConfig, ranks: Mapping[str, int], name: str = "default") -> Bank:
-    """`attach` with factors of zeros at the given ranks by target name, for a checkpoint to fill: nothing is computed."""
+def attach_blank(model: nn.Module, config: AdapterConfig, rows: Mapping[str, int], name: str = "default") -> Bank:
+    """`attach` with factors of zeros for a checkpoint to fill; `rows` says by target how many rows its lora_A has."""
     check_free(model, name)
     targets = select(model, config)
     config = with_task_heads(model, config, targets)
-    return _install_kept(Plan(model, config, targets), blank(targets, config, ranks), name)
+    return _install_kept(Plan(model, config, targets), blank(targets, config, rows), name)
 
 
 def _install_kept(plan: Plan, starts: list[Start], name: str) -> Bank:

@@ -20,6 +20,8 @@ from veneer.errors import ConfigError
 RANDOM = {"kaiming": random.kaiming, "gaussian": random.gaussian, "orthogonal": random.orthogonal}
 DATA_DRIVEN = ("eva", "corda", "lora_ga")
 """Initialisations that need calibration batches."""
+COMPUTED = (*DATA_DRIVEN, "pissa", "olora", "loftq")
+"""Those that take more than a random draw; for linear layers only."""
 
 
 @dataclass(frozen=True)
@@ -196,11 +198,14 @@ def _alpha(target: Target, rank: int, config: AdapterConfig) -> float:
     return alpha_of(rank, _scaling(target, config), config.rslora)
 
 
-def blank(targets: Sequence[Target], config: AdapterConfig, ranks: Mapping[str, int]) -> list[Start]:
-    """Starts of zeros at the given ranks by name (absent: 0), for factors that a checkpoint holds: nothing is computed."""
-    starts = []
+def blank(targets: Sequence[Target], config: AdapterConfig, rows: Mapping[str, int]) -> list[Start]:
+    """Starts of zeros, for factors that a checkpoint holds: nothing is computed.
+
+    `rows` says by target name how many rows the checkpoint's lora_A has: the rank, or twice that where it holds [A; A₀].
+    """
+    starts, each = [], 2 if config.init in _SPECTRAL else 1
     for target in targets:
-        rank = ranks.get(target.name, 0)
+        rank = rows.get(target.name, 0) // each
         lora_A, lora_B = torch.zeros(rank, target.d_in), torch.zeros(target.d_out, rank)
         starts.append(Start(lora_A, lora_B, config.init in _SPECTRAL, rank, _alpha(target, rank, config)))
     return starts
