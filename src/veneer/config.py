@@ -138,6 +138,11 @@ class AdapterConfig(Section):
             raise ValueError("every rank must be at least 1")
         return value
 
+    @field_validator("init_options", mode="before")
+    @classmethod
+    def _all_commented_out(cls, value: Any) -> Any:
+        return {} if value is None else value  # what YAML reads a bare key as
+
     @model_validator(mode="after")
     def _options_of_this_init(self) -> AdapterConfig:
         for key, field in InitOptions.model_fields.items():

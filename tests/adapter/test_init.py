@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import tiny_llama
-from veneer.adapter.attach import attach_blank
-from veneer.adapter.init import start
+from veneer.adapter.attach import attach, attach_blank, detach
+from veneer.adapter.init import DATA_DRIVEN, start
 from veneer.adapter.init.calibration import Covariance, collect_inputs, weight_gradients
 from veneer.adapter.init.eva import StreamedPCA, redistribute
 from veneer.adapter.init.spectral import corda, loftq, lora_ga, low_rank_svd, olora, pissa
@@ -52,7 +52,7 @@ def batches(count: int = 5, length: int = 23) -> list[dict]:
 def starts(model: nn.Module, calibration=None, **options) -> dict:
     """The starts of all the model's linears by name."""
     config = AdapterConfig(**{"rank": RANK, "alpha": ALPHA} | options)
-    targets = select(model, config)
+    targets, calibration = select(model, config), calibration if config.init in DATA_DRIVEN else None
     found = start(model, targets, config, seed=3, calibration=calibration)
     return {target.name: one for target, one in zip(targets, found, strict=True)}
 
@@ -135,6 +135,7 @@ def test_corda_is_pefts(llama, method, monkeypatch):
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 @pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
 def test_lora_ga_is_pefts(llama, direction, scale):
+    pytest.importorskip("peft.tuners.lora.loraga", reason="this PEFT has no LoRA-GA")
     from peft import get_peft_model
     from peft.tuners.lora.config import LoraGAConfig
     from peft.tuners.lora.loraga import preprocess_loraga
@@ -397,6 +398,9 @@ def test_what_cannot_start_is_refused_with_the_reason(llama):
         starts(llama, batches(1, 8), init="eva")
     with pytest.raises(ConfigError, match="no loss"):
         starts(llama, [{"input_ids": b["input_ids"]} for b in batches()], init="lora_ga")
+    for what in ("calibration", "float_weights"):
+        with pytest.raises(ConfigError, match=f"{what} has no effect with init 'pissa'"):
+            start(llama, [], AdapterConfig(init="pissa"), **{what: []})
     with pytest.raises(ConfigError, match="no calibration batch reached 14"):
         starts(llama, [], init="corda")
 
@@ -446,13 +450,15 @@ def test_loftq_is_computed_from_the_weights_before_quantisation(llama):
         start(llama, targets, config, float_weights=lambda name: -original[name])
 
 
-def test_a_module_that_is_left_no_rank_is_not_adapted(llama):
+def test_a_module_that_is_left_no_rank_is_not_adapted():
     """As EVA may leave one: the adapter is without it in every respect, its bias included."""
+    llama = tiny_llama(attention_bias=True)
     names = [target.name for target in select(llama, AdapterConfig(rank=4))]
-    config = AdapterConfig(rank=4, alpha=6, rslora=True, init="eva")
+    config = AdapterConfig(rank=4, alpha=6, rslora=True, init="eva", bias="lora_only")
     bank = attach_blank(llama, config, dict.fromkeys(names[1:], 3))
     assert list(bank.layers) == bank.entries["default"].targets == names[1:]
     assert type(llama.get_submodule(names[0])) is nn.Linear
+    assert set(bank.entries["default"].biases) == {f"{n}.bias" for n in names[1:] if "self_attn" in n}
     assert {layer.rank["default"] for layer in bank.layers.values()} == {3}
     assert all(layer.scaling["default"] == pytest.approx(3.0) for layer in bank.layers.values())
 
@@ -463,7 +469,7 @@ def test_kinds_that_an_init_is_not_for_are_refused_by_name(llama):
         with pytest.raises(
             ConfigError, match=f"{init}' is for linear layers and model.embed_tokens is of kind embedding"
         ):
-            start(llama, select(llama, config), config, calibration=[])
+            start(llama, select(llama, config), config)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
     config = AdapterConfig(rank=2, init="pissa", target_modules=["0", "2"])
     with pytest.raises(ConfigError, match="0 is of kind conv: exclude it"):
@@ -481,3 +487,19 @@ def test_embeddings_and_convolutions_start_as_pefts(llama):
     (one,) = start(model, select(model, config), config, seed=0)
     assert one.lora_A.shape == (4, 150) and one.lora_B.shape == (8, 2) and not one.lora_B.any()
     assert 0.9 < float(one.lora_A.abs().max()) * 150**0.5 <= 1
+
+
+@pytest.mark.parametrize("init", [*SPECTRAL, "eva"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_attached_adapter_starts_at_the_bases_output(llama, init, dora):
+    """To rounding, whatever alpha, with every base weight untouched; and its factors do act when they move."""
+    data = batches() if init in DATA_DRIVEN else None
+    ids, weights = batches()[0]["input_ids"], {n: p.clone() for n, p in llama.named_parameters()}
+    before = llama(ids).logits
+    bank = attach(llama, AdapterConfig(rank=4, alpha=6, init=init, dora=dora), seed=0, calibration=data)
+    assert torch.allclose(llama(ids).logits, before, atol=1e-5 * float(before.abs().max()))
+    for layer in bank.layers.values():
+        layer.lora_B["default"].data.add_(0.1)
+    assert not torch.allclose(llama(ids).logits, before, atol=1e-2 * float(before.abs().max()))
+    detach(llama)
+    assert all(torch.equal(p, weights[n]) for n, p in llama.named_parameters())

@@ -49,7 +49,7 @@ def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def loftq(weight: Tensor, quantised: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Li et al. 2023 (arXiv:2310.08659), eq. 9–10, once: B·A = the best rank-r part of (W − Q)/s; the base stays Q.
+    """Li et al. 2023 (arXiv:2310.08659), one iteration: B·A = the best rank-r part of (W − Q)/s; the base stays Q.
 
     The paper goes on to quantise W − s·B·A anew and to repeat. That changes the base, which then serves this one
     adapter only and is on no disk but the user's own; Veneer's base is the checkpoint as it is, so it stops here.
@@ -59,7 +59,7 @@ def loftq(weight: Tensor, quantised: Tensor, rank: int, scaling: float) -> tuple
 
 
 def corda(weight: Tensor, covariance: Tensor, rank: int, scaling: float, method: str) -> tuple[Tensor, Tensor]:
-    """Yang et al. 2024 (arXiv:2406.05223), eq. 2–6: W·C = U S Vᵀ, hence W = U S (Vᵀ C⁻¹), cut to r of its terms.
+    """Yang et al. 2024 (arXiv:2406.05223): W·C = U S Vᵀ, hence W = U S (Vᵀ C⁻¹), cut to r of its terms.
 
     "ipm" takes the terms of the r largest singular values (what the inputs use most is trained), "kpm" of the r
     smallest (what they use most is kept). A = √(S/s) Vᵀ C⁻¹, B = U √(S/s); the base becomes W − s·B·A. C is first made
@@ -94,7 +94,7 @@ def lora_ga(
     scale: str = "stable",
     gamma: float = 16.0,
 ) -> tuple[Tensor, Tensor]:
-    """Wang et al. 2024 (arXiv:2407.05000), theorem 3.1, in PEFT's form; the base becomes W − s·B·A.
+    """Wang et al. 2024 (arXiv:2407.05000), in PEFT's form; the base becomes W − s·B·A.
 
     ∇W = U S Vᵀ. A = rows I of Vᵀ, B = columns J of U·S, with I the first r and J the second r ("ArB2r"), the other way
     round ("A2rBr"), odd and even ones ("ArBr"), or one random r of the first 2r for both ("random"). Then B is scaled

@@ -61,6 +61,12 @@ def start(
             f"init {config.init!r} is computed from data: pass calibration=[{{'input_ids': …, 'labels': …}}, …], "
             f"batches for model(**batch)"
         )
+    for name, given, users in (
+        ("calibration", calibration, DATA_DRIVEN),
+        ("float_weights", float_weights, ("loftq",)),
+    ):
+        if given is not None and config.init not in users:
+            raise ConfigError(f"{name} has no effect with init {config.init!r}: leave it out")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if config.init in RANDOM:
         return [Start(*_random(target, config.init, generator)) for target in targets]
