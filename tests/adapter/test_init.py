@@ -1,16 +1,15 @@
-"""Every start against its written definition and against PEFT's, on tiny models."""
+"""Every start against its written definition, on tiny models."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from init_cases import RANK, SPECTRAL, batches, overlap, randn, same_up_to_sign, starts
 from torch import nn
 
 from conftest import tiny_llama
@@ -19,192 +18,11 @@ from veneer.adapter.init import DATA_DRIVEN, start
 from veneer.adapter.init.calibration import Covariance, collect_inputs, weight_gradients
 from veneer.adapter.init.eva import StreamedPCA, redistribute
 from veneer.adapter.init.spectral import corda, loftq, lora_ga, low_rank_svd, olora, pissa
-from veneer.adapter.math import scaling
 from veneer.adapter.targets import select
 from veneer.config import AdapterConfig, TrainConfig
 from veneer.errors import ConfigError
 
-RANK, ALPHA = 4, 6.0
-SPECTRAL = ["pissa", "olora", "corda", "lora_ga"]
-
-
-@pytest.fixture
-def llama():
-    """A model whose weights have falling singular values, as trained ones do: no two starts are equally good."""
-    model = tiny_llama()
-    for weight in (p for p in model.parameters() if p.dim() == 2):
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        weight.copy_(u * 0.8 ** torch.arange(len(s)) @ vh)
-    return model
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def batches(count: int = 5, length: int = 23) -> list[dict]:
-    """One sequence each, the first tokens unsupervised."""
-    generator = torch.Generator().manual_seed(7)
-    ids = [torch.randint(1, 420, (1, length), generator=generator) for _ in range(count)]
-    return [{"input_ids": i, "labels": torch.where(torch.arange(length) < 6, -100, i)} for i in ids]
-
-
-def starts(model: nn.Module, calibration=None, **options) -> dict:
-    """The starts of all the model's linears by name."""
-    config = AdapterConfig(**{"rank": RANK, "alpha": ALPHA} | options)
-    targets, calibration = select(model, config), calibration if config.init in DATA_DRIVEN else None
-    found = start(model, targets, config, seed=3, calibration=calibration)
-    return {target.name: one for target, one in zip(targets, found, strict=True)}
-
-
-def peft_config(init, **options):
-    from peft import LoraConfig
-
-    values = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "init_lora_weights": init}
-    return LoraConfig(**values | {"task_type": "CAUSAL_LM"} | options)
-
-
-def peft_layers(model: nn.Module) -> dict:
-    """PEFT's adapted linears by the base's names: lora_A, lora_B, scaling, base weight."""
-    layers = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            layers[name.removeprefix("base_model.model.")] = (
-                module.lora_A["default"].weight.data,
-                module.lora_B["default"].weight.data,
-                module.scaling["default"],
-                module.get_base_layer().weight.data,
-            )
-    return layers
-
-
-def same_up_to_sign(a: torch.Tensor, b: torch.Tensor, rtol: float = 1e-3) -> None:
-    """Rows of a and b agree, each up to its sign."""
-    sign = torch.sign((a * b).sum(1, keepdim=True))
-    assert (a - sign * b).norm() <= rtol * b.norm()
-
-
-def check_equal_to_peft(model, theirs: dict, mine: dict, rslora: bool = False, rtol: float = 1e-3) -> None:
-    """The same modules, s, s·B·A, factors up to the sign of each component, and W_res + s·B·A = W."""
-    assert set(theirs) == set(mine)
-    for name, (lora_A, lora_B, scale, residual) in theirs.items():
-        one, weight = mine[name], model.get_submodule(name).weight
-        assert one.changes_base and scale == pytest.approx(scaling(RANK, ALPHA, rslora))
-        product = scale * one.lora_B @ one.lora_A
-        assert (product - scale * lora_B @ lora_A).norm() <= rtol * product.norm()
-        assert torch.allclose(residual + product, weight, atol=rtol * float(weight.abs().max()))
-        same_up_to_sign(one.lora_A, lora_A, rtol)
-        same_up_to_sign(one.lora_B.t(), lora_B.t(), rtol)
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_pissa_and_olora_are_pefts(llama, init, rslora):
-    from peft import get_peft_model
-
-    theirs = peft_layers(get_peft_model(copy.deepcopy(llama), peft_config(init, use_rslora=rslora)))
-    check_equal_to_peft(llama, theirs, starts(llama, init=init, rslora=rslora), rslora)
-
-
-def test_fast_pissa_is_pefts(llama):
-    """After some iterations the random start no longer matters."""
-    from peft import get_peft_model
-
-    theirs = peft_layers(get_peft_model(copy.deepcopy(llama), peft_config("pissa_niter_32")))
-    mine = starts(llama, init="pissa", init_options={"pissa_iterations": 32})
-    for name, (lora_A, lora_B, *_) in theirs.items():
-        product = mine[name].lora_B @ mine[name].lora_A
-        assert (product - lora_B @ lora_A).norm() <= 1e-3 * product.norm(), name
-
-
-@pytest.mark.parametrize("method", ["ipm", "kpm"])
-def test_corda_is_pefts(llama, method, monkeypatch):
-    monkeypatch.setitem(sys.modules, "attr", dataclasses)  # PEFT wants attrs here, for its dataclass, unannounced
-    from peft import get_peft_model
-    from peft.tuners.lora.config import CordaConfig
-    from peft.tuners.lora.corda import preprocess_corda
-
-    model, config = copy.deepcopy(llama), peft_config("corda", corda_config=CordaConfig(corda_method=method))
-    config.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    preprocess_corda(model, config, run_model=lambda: [model(input_ids=b["input_ids"]) for b in batches()])
-    theirs = peft_layers(get_peft_model(model, config))
-    mine = starts(llama, batches(), init="corda", init_options={"corda_method": method})
-    check_equal_to_peft(llama, theirs, mine, rtol=1e-2)
-
-
-@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
-@pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
-def test_lora_ga_is_pefts(llama, direction, scale):
-    pytest.importorskip("peft.tuners.lora.loraga", reason="this PEFT has no LoRA-GA")
-    from peft import get_peft_model
-    from peft.tuners.lora.config import LoraGAConfig
-    from peft.tuners.lora.loraga import preprocess_loraga
-
-    model = copy.deepcopy(llama)
-    options = LoraGAConfig(direction=direction, scale=scale, stable_gamma=9)
-    config = peft_config("lora_ga", lora_ga_config=options)
-    config.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    preprocess_loraga(model, config, lambda: [model(**b).loss.backward() for b in batches()])
-    torch.manual_seed(0)
-    theirs = peft_layers(get_peft_model(model, config))
-    chosen = {"lora_ga_direction": direction, "lora_ga_scale": scale}
-    gamma = {"lora_ga_gamma": 9} if scale == "stable" else {}
-    mine = starts(llama, batches(), init="lora_ga", init_options=chosen | gamma)
-    assert set(theirs) == set(mine)
-    for name, (lora_A, lora_B, *_) in theirs.items():  # both are randomised: single directions may turn a little
-        for a, b in ((mine[name].lora_A, lora_A), (mine[name].lora_B.t(), lora_B.t())):
-            assert a.norm() == pytest.approx(float(b.norm()), rel=0.02), name
-            assert overlap(a, b) > 0.98, name
-
-
-def overlap(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Mean squared cosine between the row spaces of a and b: 1 if they are the same."""
-    a, b = torch.linalg.qr(a.t()).Q, torch.linalg.qr(b.t()).Q
-    return float((a.t() @ b).square().sum() / a.shape[1])
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"eva_whiten": True}, {"eva_supervised_only": False}, {"eva_rho": 1.0}], ids=str
-)
-def test_eva_is_pefts(llama, options):
-    """On one batch, which PEFT goes over until nothing changes. Targets with one input may swap their ranks."""
-    from peft import get_peft_model, initialize_lora_eva_weights
-    from peft.tuners.lora.config import EvaConfig
-
-    data = [{k: torch.cat([b[k] for b in batches(12)]) for k in ("input_ids", "labels")}]
-    theirs_options = EvaConfig(
-        rho=options.get("eva_rho", 2.0),
-        whiten=options.get("eva_whiten", False),
-        use_label_mask=options.get("eva_supervised_only", True),
-    )
-    model = get_peft_model(copy.deepcopy(llama), peft_config("eva", eva_config=theirs_options))
-    initialize_lora_eva_weights(model, data, show_progress_bar=False)
-    theirs, mine = peft_layers(model), starts(llama, data, init="eva", init_options=options)
-
-    def group(name):
-        return name.replace("k_proj", "q_proj").replace("v_proj", "q_proj").replace("up_proj", "gate_proj")
-
-    def ranks(found):
-        grouped = {}
-        for name, rank in found:
-            grouped.setdefault(group(name), []).append(rank)
-        return {name: sum(values) for name, values in grouped.items()}
-
-    found, expected = (
-        ranks((n, len(one.lora_A)) for n, one in mine.items()),
-        ranks((n, len(t[0])) for n, t in theirs.items()),
-    )
-    assert sum(found.values()) == sum(expected.values()) == RANK * len(mine)
-    assert all(abs(found[name] - expected[name]) <= 1 for name in expected)
-    if "eva_whiten" in options:  # PEFT divides in place, once for each target of an input: compare those with their own
-        theirs = {name: pair for name, pair in theirs.items() if name.endswith(("o_proj", "down_proj"))}
-    for name, (lora_A, lora_B, scale, _) in theirs.items():
-        one, k = mine[name], min(3, len(lora_A), len(mine[name].lora_A))
-        assert not one.changes_base and not one.lora_B.any() and not lora_B.any()
-        assert scaling(len(one.lora_A), one.alpha) == pytest.approx(scale)
-        assert overlap(one.lora_A[:k], lora_A[:k]) > 0.98
-        twice = 2**0.25 if "eva_whiten" in options else 1.0  # PEFT has gone over the batch twice: S is √2 as large
-        assert one.lora_A[:k].norm() == pytest.approx(twice * float(lora_A[:k].norm()), rel=0.02)
+pytest_plugins = ["init_cases"]
 
 
 @pytest.mark.parametrize("shape", [(37, 23), (23, 37)])
@@ -327,26 +145,26 @@ def test_redistributed_ranks_keep_the_largest_shares(shares, data):
     assert not kept or not left or min(kept) >= max(left)
 
 
-def test_gradients_are_autograds_and_the_model_is_as_before(llama):
+def test_gradients_are_autograds_and_the_model_is_as_before(decaying_llama):
     """The mean over batches, in eval mode, while some parameters train and others do not."""
     config = AdapterConfig(rank=4)
-    reference = copy.deepcopy(llama).requires_grad_(True)
+    reference = copy.deepcopy(decaying_llama).requires_grad_(True)
     for batch in batches():
         (reference(**batch).loss / len(batches())).backward()
-    llama.train()
-    llama.model.norm.weight.requires_grad_(True)
-    before = {name: p.clone() for name, p in llama.named_parameters()}
-    targets = select(llama, config)
-    for target, gradient in zip(targets, weight_gradients(llama, targets, batches()), strict=True):
+    decaying_llama.train()
+    decaying_llama.model.norm.weight.requires_grad_(True)
+    before = {name: p.clone() for name, p in decaying_llama.named_parameters()}
+    targets = select(decaying_llama, config)
+    for target, gradient in zip(targets, weight_gradients(decaying_llama, targets, batches()), strict=True):
         expected = reference.get_submodule(target.name).weight.grad
         assert torch.allclose(gradient, expected, atol=1e-5 * float(expected.abs().max())), target.name
-    assert all(module.training for module in llama.modules())
-    assert [n for n, p in llama.named_parameters() if p.requires_grad] == ["model.norm.weight"]
-    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in llama.named_parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
+    assert all(module.training for module in decaying_llama.modules())
+    assert [n for n, p in decaying_llama.named_parameters() if p.requires_grad] == ["model.norm.weight"]
+    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in decaying_llama.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in decaying_llama.modules())
 
 
-def test_inputs_are_shared_and_padding_is_left_out(llama):
+def test_inputs_are_shared_and_padding_is_left_out(decaying_llama):
     class Rows:
         def __init__(self):
             self.seen = []
@@ -359,10 +177,10 @@ def test_inputs_are_shared_and_padding_is_left_out(llama):
         "input_ids": torch.cat([torch.cat([b["input_ids"], torch.zeros(1, 5).long()], 1) for b in data]),
         "attention_mask": torch.cat([torch.ones(2, 23), torch.zeros(2, 5)], 1).long(),
     }
-    targets = select(llama, config)
-    plain = collect_inputs(llama, targets, data, Rows)
-    masked = collect_inputs(llama, targets, [padded], Rows)
-    few = collect_inputs(llama, targets, data, Rows, supervised_only=True)
+    targets = select(decaying_llama, config)
+    plain = collect_inputs(decaying_llama, targets, data, Rows)
+    masked = collect_inputs(decaying_llama, targets, [padded], Rows)
+    few = collect_inputs(decaying_llama, targets, data, Rows, supervised_only=True)
     by_name = {t.name: rows for t, rows in zip(targets, plain)}
     attention = [by_name[f"model.layers.1.self_attn.{n}_proj"] for n in "qkv"]
     assert attention[0] is attention[1] is attention[2] and len({id(rows) for rows in plain}) == 8
@@ -373,36 +191,36 @@ def test_inputs_are_shared_and_padding_is_left_out(llama):
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal", *SPECTRAL, "eva"])
-def test_a_seed_gives_the_same_start_on_any_weight_type(init, llama):
+def test_a_seed_gives_the_same_start_on_any_weight_type(init, decaying_llama):
     options = {"pissa_iterations": 3} if init == "pissa" else {}
-    first, again = (starts(llama, batches(), init=init, init_options=options) for _ in range(2))
-    half = starts(copy.deepcopy(llama).bfloat16(), batches(), init=init, init_options=options)
+    first, again = (starts(decaying_llama, batches(), init=init, init_options=options) for _ in range(2))
+    half = starts(copy.deepcopy(decaying_llama).bfloat16(), batches(), init=init, init_options=options)
     for name, one in first.items():
         assert torch.equal(one.lora_A, again[name].lora_A) and torch.equal(one.lora_B, again[name].lora_B)
         for factor in (one.lora_A, half[name].lora_A, one.lora_B, half[name].lora_B):
             assert factor.dtype == torch.float32 and factor.isfinite().all()
-        assert one.lora_A.shape[1] == llama.get_submodule(name).in_features
+        assert one.lora_A.shape[1] == decaying_llama.get_submodule(name).in_features
 
 
-def test_what_cannot_start_is_refused_with_the_reason(llama):
+def test_what_cannot_start_is_refused_with_the_reason(decaying_llama):
     for init in ("eva", "corda", "lora_ga"):
         with pytest.raises(ConfigError, match="computed from data"):
-            starts(llama, init=init)
+            starts(decaying_llama, init=init)
     with pytest.raises(ConfigError, match="even rank.*q_proj has 3"):
-        starts(llama, init="orthogonal", rank=3)
+        starts(decaying_llama, init="orthogonal", rank=3)
     with pytest.raises(ConfigError, match="k_proj has 12: use at most rank 6"):
-        starts(llama, batches(), init="lora_ga", rank=7)
+        starts(decaying_llama, batches(), init="lora_ga", rank=7)
     with pytest.raises(ConfigError, match="not quantised"):
-        starts(llama, init="loftq")
+        starts(decaying_llama, init="loftq")
     with pytest.raises(ConfigError, match="2 calibration tokens and 8 are needed"):
-        starts(llama, batches(1, 8), init="eva")
+        starts(decaying_llama, batches(1, 8), init="eva")
     with pytest.raises(ConfigError, match="no loss"):
-        starts(llama, [{"input_ids": b["input_ids"]} for b in batches()], init="lora_ga")
+        starts(decaying_llama, [{"input_ids": b["input_ids"]} for b in batches()], init="lora_ga")
     for what in ("calibration", "float_weights"):
         with pytest.raises(ConfigError, match=f"{what} has no effect with init 'pissa'"):
-            start(llama, [], AdapterConfig(init="pissa"), **{what: []})
+            start(decaying_llama, [], AdapterConfig(init="pissa"), **{what: []})
     with pytest.raises(ConfigError, match="no calibration batch reached 14"):
-        starts(llama, [], init="corda")
+        starts(decaying_llama, [], init="corda")
 
 
 def test_an_option_of_another_init_is_refused():
@@ -432,54 +250,54 @@ def test_models_start_where_the_base_stands():
             assert one.lora_A.shape == (RANK, weight.shape[1]) and one.lora_B.shape == (weight.shape[0], RANK)
 
 
-def test_loftq_is_computed_from_the_weights_before_quantisation(llama):
+def test_loftq_is_computed_from_the_weights_before_quantisation(decaying_llama):
     """Here: rounded to 16ths and kept as whole numbers of the model's own scale."""
     config, original = AdapterConfig(rank=4, alpha=6, init="loftq"), {}
-    for target in select(llama, AdapterConfig(rank=4)):
+    for target in select(decaying_llama, AdapterConfig(rank=4)):
         original[target.name] = target.module.weight * 64
         target.module.weight = nn.Parameter(original[target.name].round().to(torch.int8), requires_grad=False)
-    targets = select(llama, config)
-    for target, one in zip(targets, start(llama, targets, config, float_weights=original.get), strict=True):
+    targets = select(decaying_llama, config)
+    for target, one in zip(targets, start(decaying_llama, targets, config, float_weights=original.get), strict=True):
         error = original[target.name] - target.module.weight.float()
         left = torch.linalg.svdvals(error.double())[4:].square().sum().sqrt()
         assert not one.changes_base
         assert (error - 1.5 * one.lora_B @ one.lora_A).norm() == pytest.approx(float(left), rel=1e-3)
     with pytest.raises(ConfigError, match="needs the weights from before"):
-        start(llama, targets, config)
+        start(decaying_llama, targets, config)
     with pytest.raises(ConfigError, match="q_proj is not what was quantised"):
-        start(llama, targets, config, float_weights=lambda name: -original[name])
+        start(decaying_llama, targets, config, float_weights=lambda name: -original[name])
 
 
 def test_a_module_that_is_left_no_rank_is_not_adapted():
     """As EVA may leave one: the adapter is without it in every respect, its bias included."""
-    llama = tiny_llama(attention_bias=True)
-    names = [target.name for target in select(llama, AdapterConfig(rank=4))]
+    decaying_llama = tiny_llama(attention_bias=True)
+    names = [target.name for target in select(decaying_llama, AdapterConfig(rank=4))]
     config = AdapterConfig(rank=4, alpha=6, rslora=True, init="eva", bias="lora_only")
-    bank = attach_blank(llama, config, dict.fromkeys(names[1:], 3))
+    bank = attach_blank(decaying_llama, config, dict.fromkeys(names[1:], 3))
     assert list(bank.layers) == bank.entries["default"].targets == names[1:]
-    assert type(llama.get_submodule(names[0])) is nn.Linear
+    assert type(decaying_llama.get_submodule(names[0])) is nn.Linear
     assert set(bank.entries["default"].biases) == {f"{n}.bias" for n in names[1:] if "self_attn" in n}
     assert {layer.rank["default"] for layer in bank.layers.values()} == {3}
     assert all(layer.scaling["default"] == pytest.approx(3.0) for layer in bank.layers.values())
 
 
-def test_kinds_that_an_init_is_not_for_are_refused_by_name(llama):
+def test_kinds_that_an_init_is_not_for_are_refused_by_name(decaying_llama):
     for init in ("orthogonal", "pissa", "olora", "loftq", "corda"):
         config = AdapterConfig(rank=4, init=init, target_modules=["embed_tokens", "q_proj"], tied_head="embedding")
         with pytest.raises(
             ConfigError, match=f"{init}' is for linear layers and model.embed_tokens is of kind embedding"
         ):
-            start(llama, select(llama, config), config)
+            start(decaying_llama, select(decaying_llama, config), config)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
     config = AdapterConfig(rank=2, init="pissa", target_modules=["0", "2"])
     with pytest.raises(ConfigError, match="0 is of kind conv: exclude it"):
         start(model, select(model, config), config)
 
 
-def test_embeddings_and_convolutions_start_as_pefts(llama):
+def test_embeddings_and_convolutions_start_as_pefts(decaying_llama):
     """Embeddings: A = 0 and B normal; convolutions: A uniform within 1/√(channels·kernel), B = 0."""
     config = AdapterConfig(rank=4, init="gaussian", target_modules=["embed_tokens"], tied_head="embedding")
-    (one,) = start(llama, select(llama, config), config, seed=0)
+    (one,) = start(decaying_llama, select(decaying_llama, config), config, seed=0)
     assert not one.lora_A.any() and one.lora_A.shape == (4, 420)
     assert one.lora_B.shape == (36, 4) and 0.8 < float(one.lora_B.std()) < 1.2
     model = nn.Sequential(nn.Conv2d(6, 8, 5, groups=2))
@@ -491,15 +309,15 @@ def test_embeddings_and_convolutions_start_as_pefts(llama):
 
 @pytest.mark.parametrize("init", [*SPECTRAL, "eva"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_attached_adapter_starts_at_the_bases_output(llama, init, dora):
+def test_an_attached_adapter_starts_at_the_bases_output(decaying_llama, init, dora):
     """To rounding, whatever alpha, with every base weight untouched; and its factors do act when they move."""
     data = batches() if init in DATA_DRIVEN else None
-    ids, weights = batches()[0]["input_ids"], {n: p.clone() for n, p in llama.named_parameters()}
-    before = llama(ids).logits
-    bank = attach(llama, AdapterConfig(rank=4, alpha=6, init=init, dora=dora), seed=0, calibration=data)
-    assert torch.allclose(llama(ids).logits, before, atol=1e-5 * float(before.abs().max()))
+    ids, weights = batches()[0]["input_ids"], {n: p.clone() for n, p in decaying_llama.named_parameters()}
+    before = decaying_llama(ids).logits
+    bank = attach(decaying_llama, AdapterConfig(rank=4, alpha=6, init=init, dora=dora), seed=0, calibration=data)
+    assert torch.allclose(decaying_llama(ids).logits, before, atol=1e-5 * float(before.abs().max()))
     for layer in bank.layers.values():
         layer.lora_B["default"].data.add_(0.1)
-    assert not torch.allclose(llama(ids).logits, before, atol=1e-2 * float(before.abs().max()))
-    detach(llama)
-    assert all(torch.equal(p, weights[n]) for n, p in llama.named_parameters())
+    assert not torch.allclose(decaying_llama(ids).logits, before, atol=1e-2 * float(before.abs().max()))
+    detach(decaying_llama)
+    assert all(torch.equal(p, weights[n]) for n, p in decaying_llama.named_parameters())
