@@ -18,6 +18,7 @@ import transformers
 from veneer.adapter.attach import attach
 from veneer.adapter.bank import Bank
 from veneer.adapter.init import DATA_DRIVEN
+from veneer.adapter.vocabulary import add_tokens
 from veneer.base.load import load_base
 from veneer.base.original import float_weights
 from veneer.base.paths import cache_dir
@@ -72,6 +73,7 @@ class Setup:
             seed=config.seed,
             calibration=self.calibration(config) if options.init in DATA_DRIVEN else None,
             float_weights=float_weights(self.model) if options.init == "loftq" else None,
+            tokenizer=self.tokenizer,
         )
 
     def calibration(self, config: TrainConfig) -> list[dict[str, Any]]:
@@ -117,6 +119,8 @@ def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
     model, tokenizer = load_base(
         config.model, dtype=config.dtype, device=config.device, chat_template=config.data.chat_template
     )
+    if config.adapter.new_tokens:
+        add_tokens(model, tokenizer, config.adapter.new_tokens)
     train = load_data(config, "train", tokenizer, note)
     counts, heldout = {"train": train.counts}, None
     if config.data.heldout is not None or config.data.heldout_fraction:
