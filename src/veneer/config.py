@@ -34,6 +34,25 @@ class Section(BaseModel):
             raise ConfigError(explain(error, type(self))) from None
 
 
+class AdaLoraConfig(Section):
+    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): start at `adapter.rank`, end at `target_rank` on average."""
+
+    target_rank: int = Field(8, ge=1)
+    """Mean rank over the modules at the end; `adapter.rank`, above it, is what each starts with (1.5 times: good)."""
+    tinit: float = Field(0.1, ge=0)
+    """Steps at the full rank before ranks fall; below 1: a share of all steps."""
+    tfinal: float = Field(0.3, ge=0)
+    """Last steps, in which the ranks stay as they are; below 1: a share of all steps."""
+    deltaT: int = Field(1, ge=1)
+    """Steps between two allocations of the ranks."""
+    beta1: float = Field(0.85, gt=0, lt=1)
+    """Decay of the averaged sensitivity |w·∂L/∂w|."""
+    beta2: float = Field(0.85, gt=0, lt=1)
+    """Decay of its averaged uncertainty."""
+    orthogonality: float = Field(0.5, ge=0)
+    """Weight of the regulariser that keeps the factors orthonormal (PEFT's orth_reg_weight)."""
+
+
 class AdapterConfig(Section):
     """What a LoRA adapter is (Hu et al. 2021, arXiv:2106.09685): ΔW = s·B·A with s = alpha/rank."""
 
@@ -64,6 +83,10 @@ class AdapterConfig(Section):
     """How A and B start; each leaves ΔW = 0."""
     dtype: Literal["float32", "base"] = "float32"
     """Storage of the adapter's weights; arithmetic is in the base's compute dtype either way."""
+    lora_fa: bool = False
+    """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it starts, only B is trained; less memory."""
+    adalora: AdaLoraConfig | None = None
+    """AdaLoRA: let training spread the rank over the modules; keys target_rank, tinit, tfinal, deltaT, …"""
 
     @field_validator("target_modules", "exclude_modules")
     @classmethod
@@ -121,6 +144,10 @@ class OptimConfig(Section):
     """Peak learning rate; LoRA wants about ten times full fine-tuning's."""
     lora_plus_ratio: float = Field(1.0, gt=0)
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): learning rate of B over that of A."""
+    lora_plus_embedding_lr: float | None = Field(None, gt=0)
+    """LoRA+'s peak learning rate of adapted embeddings (PEFT's is 1e-6); absent: as for any other factors."""
+    lora_fa_correction: bool = True
+    """With adapter.lora_fa: correct B's gradient by (A Aᵀ)⁻¹/s², so that ΔW follows full fine-tuning the nearest."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
