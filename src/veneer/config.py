@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from veneer import combinations
 from veneer.errors import ConfigError
 
 
@@ -32,6 +33,12 @@ class Section(BaseModel):
             super().__setattr__(name, value)
         except ValidationError as error:
             raise ConfigError(explain(error, type(self))) from None
+
+
+def _checked(config: Any, rules: list[combinations.Rule]) -> Any:
+    if reason := combinations.conflict(config, rules):
+        raise ConfigError(reason)
+    return config
 
 
 class AdaLoraConfig(Section):
@@ -87,6 +94,10 @@ class AdapterConfig(Section):
     """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it starts, only B is trained; less memory."""
     adalora: AdaLoraConfig | None = None
     """AdaLoRA: let training spread the rank over the modules; keys target_rank, tinit, tfinal, deltaT, …"""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> AdapterConfig:
+        return _checked(self, combinations.ADAPTER)
 
     @field_validator("target_modules", "exclude_modules")
     @classmethod
@@ -223,6 +234,10 @@ class TrainConfig(Section):
         if isinstance(values, dict):  # a section whose keys are all commented out reads as null
             values = {k: v for k, v in values.items() if v is not None or k not in ("adapter", "train")}
         return values
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> TrainConfig:
+        return _checked(self, combinations.RUN)
 
     @classmethod
     def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:

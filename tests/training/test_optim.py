@@ -111,7 +111,9 @@ def test_lora_fa_follows_pefts_optimiser_step_by_step(rslora, monkeypatch):
             if opt is optimizer:
                 for path in ("up", "down"):
                     b = parameters[f"{path}.lora_B"]
-                    b.grad = lora_fa_gradient(b.grad, parameters[f"{path}.lora_A"], bank.layers[path].scaling["default"])
+                    b.grad = lora_fa_gradient(
+                        b.grad, parameters[f"{path}.lora_A"], bank.layers[path].scaling["default"]
+                    )
             opt.step()
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter, weights[name], rtol=2e-4, atol=2e-6, msg=name)

@@ -232,6 +232,11 @@ def prune(bank: Bank, name: str, keep: Mapping[str, Tensor]) -> list[str]:
         options: dict[str, Any] = {"alpha": alphas[path], "rslora": config.rslora, "dropout": dropout}
         layer.add(name, a[chosen].clone(), b[:, chosen].clone(), **options)
     entry.targets = [path for path in entry.targets if ranks[path]]
-    patterns = {"rank_pattern": {p: ranks[p] for p in entry.targets}, "alpha_pattern": alphas}
+    # A key of these patterns also means every longer name that it ends: "^" keeps it to itself where there is one.
+    key = {p: f"^{p}" if any(other.endswith(f".{p}") for other in entry.targets) else p for p in entry.targets}
+    patterns = {
+        "rank_pattern": {key[p]: ranks[p] for p in entry.targets},
+        "alpha_pattern": {key[p]: alphas[p] for p in entry.targets},
+    }
     entry.config = config.model_copy(update=patterns | {"target_modules": list(entry.targets)})
     return dropped

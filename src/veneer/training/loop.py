@@ -16,19 +16,28 @@ from typing import Any
 import psutil
 import torch
 
-from veneer.adapter.attach import attach, get_bank
+from veneer.adapter.attach import attach
 from veneer.adapter.report import AttachReport
 from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.errors import RunError, TrainingDiverged, VeneerError
 from veneer.files import write_text
 from veneer.formats.peft import read_tensors, save_adapter
+from veneer.training.adalora import AdaLora, phases
 from veneer.training.evaluate import heldout_loss
 from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
-from veneer.training.optim import lr_factor, make_optimizer, set_lr, warmup_steps
+from veneer.training.optim import correct_lora_fa, lr_factor, make_optimizer, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_resumable, prepare_run, start_directory
-from veneer.training.state import Progress, checkpoints, fill_adapter, load_checkpoint, save_checkpoint, tidy
+from veneer.training.state import (
+    Progress,
+    Trained,
+    checkpoints,
+    fill_adapter,
+    load_checkpoint,
+    save_checkpoint,
+    tidy,
+)
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -64,6 +73,8 @@ class Trainer:
         """Load the base and the data and check everything that can be checked without training."""
         if self.setup is None:
             self.setup = prepare_run(self.config, self._note)
+            if self.config.adapter.adalora is not None:
+                phases(self.config.adapter.adalora, self.setup.total_steps(self.config.train))
         return self.setup
 
     @property
@@ -86,7 +97,7 @@ class Trainer:
         if resume:
             check_resumable(self.out, self.config, setup)
         self._attach(setup)
-        state = self._restore(setup) if resume else Progress()
+        state = self._restore() if resume else Progress()
         if not resume:
             self._write_start(setup)
         self.metrics = MetricsLog(self.out, list(self.config.train.log_to))
@@ -99,12 +110,18 @@ class Trainer:
 
     def _attach(self, setup: Setup) -> None:
         torch.manual_seed(self.config.seed)
-        attach(setup.model, self.config.adapter, seed=self.config.seed)
-        bank = get_bank(setup.model)
-        self.parameters = bank.parameters("default")
+        adapter, adalora = self.config.adapter.model_copy(update={"adalora": None}), self.config.adapter.adalora
+        bank = self.bank = attach(setup.model, adapter, seed=self.config.seed)
+        self.adalora = None
+        if adalora is not None:
+            total = setup.total_steps(self.config.train)
+            self.adalora = AdaLora(bank, "default", adalora, total, seed=self.config.seed)
+        self.parameters = self.adalora.parameters() if self.adalora else bank.parameters("default")
         self.report: AttachReport = bank.report()
         self._note(str(self.report))
-        self.optimizer = make_optimizer(self.parameters, self.config.train)
+        embeddings = [path for path, layer in bank.layers.items() if isinstance(layer.base_layer, torch.nn.Embedding)]
+        self.optimizer = make_optimizer(self.parameters, self.config.train, embeddings)
+        self.trained = Trained(setup.model, self.parameters, self.optimizer, self.adalora)
         if self.config.train.checkpointing:
             setup.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.rows = RowModel(setup.model, packing=self.config.train.pack != "off")
@@ -114,10 +131,10 @@ class Trainer:
             self._note(note)
         setup.model.train()
 
-    def _restore(self, setup: Setup) -> Progress:
+    def _restore(self) -> Progress:
         for path in reversed(checkpoints(self.out)):
             try:
-                state = load_checkpoint(path, setup.model, self.optimizer)
+                state = load_checkpoint(path, self.trained)
             except RunError as error:
                 self._note(f"{error}; trying the one before")
                 continue
@@ -155,7 +172,7 @@ class Trainer:
             if self._due(options.eval_every or setup.steps_per_epoch(options), state.step, total) and setup.heldout:
                 self._evaluate(setup, state)
             if state.step % options.save_every == 0 and state.step < total and not state.stopped_early:
-                save_checkpoint(self.out, setup.model, self.optimizer, state, options.keep_checkpoints)
+                save_checkpoint(self.out, self.trained, state, options.keep_checkpoints)
         return self._finish(setup, state, total, loss)
 
     @staticmethod
@@ -179,13 +196,19 @@ class Trainer:
                 self._check_finite(float(row_loss.detach()), state.step + 1, indices, examples)
                 (row_loss / supervised).backward()
             loss += float(row_loss.detach()) / supervised
+        if self.adalora:
+            self.adalora.backward()
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
         self._check_finite(norm, state.step + 1, indices, examples)
         if options.max_grad_norm and norm > options.max_grad_norm:
             for p in self.parameters.values():
                 if p.grad is not None:
                     p.grad.mul_(options.max_grad_norm / norm)
+        if self.config.adapter.lora_fa and options.lora_fa_correction:
+            correct_lora_fa(self.bank, "default")
         self.optimizer.step()
+        if self.adalora:
+            self.adalora.step(state.step + 1)
         seconds, tokens = time.monotonic() - began, sum(len(e.input_ids) for e in examples)
         state.step += 1
         state.tokens += tokens
@@ -241,18 +264,28 @@ class Trainer:
 
     def _finish(self, setup: Setup, state: Progress, total: int, loss: float | None) -> RunResult:
         if state.step and not (self.out / "checkpoints" / f"step-{state.step:08d}").exists():
-            save_checkpoint(self.out, setup.model, self.optimizer, state, self.config.train.keep_checkpoints)
+            save_checkpoint(self.out, self.trained, state, self.config.train.keep_checkpoints)
         stopped = "early" if state.stopped_early else "finished" if state.step >= total else "interrupted"
         adapter = self.out / "adapter"
         if stopped != "interrupted":
             if stopped == "early":
                 fill_adapter(setup.model, read_tensors(self.out / "best"), self.out / "best")
+            if self.adalora:
+                self._finish_ranks(self.adalora)
             record = {"training": {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss}}
             save_adapter(setup.model, adapter, provenance=record)
         setup.model.eval()
         result = RunResult(self.out, adapter, state.step, total, loss, state.best_loss, state.seconds, stopped)
         self.observe({"type": "end", **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}})
         return result
+
+    def _finish_ranks(self, adalora: AdaLora) -> None:
+        ranks = adalora.ranks()
+        dropped = adalora.finish()
+        kept = [rank for rank in ranks.values() if rank]
+        self._note(f"ranks {min(kept)} to {max(kept)} over {len(kept)} modules, {sum(kept)} in all")
+        if dropped:
+            self._note(f"warning: {len(dropped)} modules kept no rank and are not in the adapter: {', '.join(dropped)}")
 
     def _log(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)

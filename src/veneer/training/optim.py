@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from veneer.adapter.bank import Bank
 from veneer.config import OptimConfig
 
 
@@ -74,6 +75,13 @@ def lora_fa_gradient(grad: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
     """
     a = lora_A.float()
     return (grad.float() @ torch.linalg.pinv(a @ a.T, hermitian=True) / scaling**2).to(grad.dtype)
+
+
+def correct_lora_fa(bank: Bank, name: str) -> None:
+    """Apply `lora_fa_gradient` to every B of an adapter, in place."""
+    for layer in bank.layers.values():
+        if name in layer.lora_B and (b := layer.lora_B[name]).grad is not None:
+            b.grad = lora_fa_gradient(b.grad, layer.lora_A[name].detach(), layer.scaling[name])
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
