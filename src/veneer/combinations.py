@@ -24,6 +24,34 @@ ADAPTER: list[Rule] = [
         lambda a: a.adalora and a.lora_fa,
         "adapter.adalora trains A, which adapter.lora_fa freezes: choose one",
     ),
+    (
+        lambda a: a.adalora and a.dora,
+        "adapter.adalora is not defined with adapter.dora, whose magnitudes outlive a dropped rank: choose one",
+    ),
+    (
+        lambda a: a.adalora and a.lora_bias,
+        "adapter.adalora may drop whole modules, and adapter.lora_bias would go with them: choose one",
+    ),
+    (
+        lambda a: a.adalora and a.target_parameters,
+        "adapter.adalora ranks modules, not the experts of target_parameters: leave one out",
+    ),
+    (
+        lambda a: a.adalora and a.tied_head == "both",
+        "adapter.adalora may drop the embedding, and a head that shares its adapter with it: use tied_head: embedding",
+    ),
+    (
+        lambda a: a.lora_fa and a.target_parameters,
+        "adapter.lora_fa saves no memory with target_parameters, whose weights are summed in full: leave one out",
+    ),
+    (
+        lambda a: a.target_parameters and (a.dora or a.lora_bias or a.dropout or a.invocation),
+        "adapter.target_parameters go without dora, lora_bias, dropout and invocation: leave one of the two out",
+    ),
+    (
+        lambda a: a.invocation and a.dora,
+        "adapter.invocation (aLoRA) is not defined with adapter.dora: leave one out",
+    ),
 ]
 """Rules over an `AdapterConfig`."""
 
@@ -35,6 +63,18 @@ RUN: list[Rule] = [
     (
         lambda c: c.adapter.lora_fa and c.train.lora_plus_ratio != 1,
         "train.lora_plus_ratio is B's learning rate over A's, and adapter.lora_fa does not train A: set train.lr",
+    ),
+    (
+        lambda c: c.adapter.lora_fa and c.adapter.dora and c.train.lora_fa_correction,
+        "train.lora_fa_correction is derived for ΔW = s·B·A, not for adapter.dora: set it to false",
+    ),
+    (
+        lambda c: c.train.lora_plus_embedding_lr and c.train.lora_plus_ratio == 1,
+        "train.lora_plus_embedding_lr is part of LoRA+: set train.lora_plus_ratio too",
+    ),
+    (
+        lambda c: c.adapter.invocation and c.train.pack == "on",
+        "adapter.invocation (aLoRA) finds one place in each sequence, so rows cannot be packed: leave train.pack out",
     ),
 ]
 """Rules over a `TrainConfig`."""

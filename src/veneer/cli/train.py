@@ -125,16 +125,11 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
 
 
 def _dry_run(trainer: Any, config: Any) -> None:
-    from veneer.adapter.attach import attach
-    from veneer.training.setup import check_out
-
-    check_out(trainer.out)
-    setup = trainer.validate()
-    bank = attach(setup.model, config.adapter, seed=config.seed)
+    trainer.dry_run()
     options = config.train
     print(config.to_yaml())
-    err.print(str(bank.report()))
-    err.print(f"{setup.total_steps(options)} steps of {options.batch_size} examples; all is valid, nothing was trained")
+    total = trainer.setup.total_steps(options)
+    err.print(f"{total} steps of {options.batch_size} examples; all is valid, nothing was trained")
 
 
 class Display:

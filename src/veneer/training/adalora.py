@@ -3,22 +3,22 @@
 P (d_out, r) and Q (r, d_in) are kept near orthonormal by a regulariser, Λ (r, 1) is diagonal, and triplets
 {P[:, i], λ_i, Q[i]} of little importance are switched off by λ_i = 0 until the budget of all modules together is met.
 
-A layer knows nothing of this: it is a plain LoRA with B = P and A = Λ∘Q. `AdaLora` keeps Λ and Q beside it, turns A's
-gradient into theirs (∂/∂Q = Λ∘∂/∂A, ∂/∂λ_i = Σ_j ∂/∂A_ij Q_ij) and writes A anew after each step. So every kind of
-layer and base that takes a LoRA takes AdaLoRA, and what is saved is a plain LoRA.
+A layer knows nothing of this: it is a plain LoRA with B = P and A = Λ∘Q (a convolution's flattened to matrices).
+`AdaLora` keeps Λ and Q beside it, turns A's gradient into theirs (∂/∂Q = Λ∘∂/∂A, ∂/∂λ_i = Σ_j ∂/∂A_ij Q_ij) and writes
+A anew after each step. So what takes a LoRA takes AdaLoRA, and what is saved is a plain LoRA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapter.bank import Bank
+from veneer.adapter.math import alpha_of
 from veneer.config import AdaLoraConfig
-from veneer.errors import ConfigError, RunError
+from veneer.errors import ConfigError, RunError, TargetError
 
 INIT_STD = 0.02  # of P and Q, as in the paper's code and in PEFT
 
@@ -101,6 +101,8 @@ class AdaLora:
         generator = torch.Generator().manual_seed(seed)
         for path in self.paths:
             a, b = self._factors(path)
+            if a.flatten(1).shape[0] != b.flatten(1).shape[1]:
+                raise TargetError(f"{path}: AdaLoRA is not defined for grouped convolutions: exclude it")
             with torch.no_grad():
                 b.copy_(torch.randn(b.shape, generator=generator) * INIT_STD)
                 self.right[path] = nn.Parameter(a.new_empty(a.shape).copy_(torch.randn(a.shape, generator=generator)))
@@ -141,11 +143,11 @@ class AdaLora:
             for path in self.paths:
                 a, _ = self._factors(path)
                 q, values = self.right[path], self.values[path]
-                q.grad = None if a.grad is None else a.grad * values
-                values.grad = None if a.grad is None else (a.grad * q).sum(1, keepdim=True)
+                q.grad = None if a.grad is None else _scaled(a.grad, values)
+                values.grad = None if a.grad is None else (a.grad * q).flatten(1).sum(1, keepdim=True)
                 a.grad = None
         if self.config.orthogonality:
-            pairs = [(self._factors(path)[1], self.right[path]) for path in self.paths]
+            pairs = [(self._factors(path)[1].flatten(1), self.right[path].flatten(1)) for path in self.paths]
             (self.config.orthogonality * orthogonality(pairs)).backward()
 
     @torch.no_grad()
@@ -167,12 +169,12 @@ class AdaLora:
         self._write()
 
     def _scores(self, path: str) -> Tensor:
-        return triplet_scores(*(torch.mul(*self.averages[f"{path}.lora_{leaf}"]) for leaf in "BEA"))
+        return triplet_scores(*(torch.mul(*self.averages[f"{path}.lora_{leaf}"]).flatten(1) for leaf in "BEA"))
 
     @torch.no_grad()
     def _write(self) -> None:
         for path in self.paths:
-            self._factors(path)[0].copy_(self.values[path] * self.right[path])
+            self._factors(path)[0].copy_(_scaled(self.right[path], self.values[path]))
 
     def ranks(self) -> dict[str, int]:
         """Each module's rank now: its triplets that the last allocation kept."""
@@ -208,6 +210,11 @@ class AdaLora:
         return prune(self.bank, self.name, self.keep)
 
 
+def _scaled(rows: Tensor, values: Tensor) -> Tensor:
+    """Each row (along the first dimension) times its value; rows (r, …), values (r, 1)."""
+    return rows * values.view(-1, *(1,) * (rows.ndim - 1))
+
+
 def prune(bank: Bank, name: str, keep: Mapping[str, Tensor]) -> list[str]:
     """Drop the ranks that `keep` (module → boolean (r,)) says, in place, keeping each module's scaling.
 
@@ -223,14 +230,12 @@ def prune(bank: Bank, name: str, keep: Mapping[str, Tensor]) -> list[str]:
     for path, rank in ranks.items():
         layer = bank.layers[path]
         a, b = layer.lora_A[name].detach(), layer.lora_B[name].detach()
-        scaling, dropout = layer.scaling[name], layer.dropout[name]
+        scaling, options = layer.scaling[name], layer.options[name]
         layer.remove(name)
-        if not rank:
-            continue
-        alphas[path] = scaling * (rank**0.5 if config.rslora else rank)
-        chosen = keep[path].to(a.device)
-        options: dict[str, Any] = {"alpha": alphas[path], "rslora": config.rslora, "dropout": dropout}
-        layer.add(name, a[chosen].clone(), b[:, chosen].clone(), **options)
+        if rank:
+            alphas[path] = alpha_of(rank, scaling, options.rslora)
+            chosen = keep[path].to(a.device)
+            layer.add(name, a[chosen].clone(), b[:, chosen].clone(), alpha=alphas[path], options=options)
     entry.targets = [path for path in entry.targets if ranks[path]]
     # A key of these patterns also means every longer name that it ends: "^" keeps it to itself where there is one.
     key = {p: f"^{p}" if any(other.endswith(f".{p}") for other in entry.targets) else p for p in entry.targets}

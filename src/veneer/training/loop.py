@@ -28,7 +28,7 @@ from veneer.training.evaluate import heldout_loss
 from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, make_optimizer, set_lr, warmup_steps
-from veneer.training.setup import Setup, check_resumable, prepare_run, start_directory
+from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
 from veneer.training.state import (
     Progress,
     Trained,
@@ -85,6 +85,12 @@ class Trainer:
     def tokenizer(self) -> Any:
         return self.validate().tokenizer
 
+    def dry_run(self) -> AttachReport:
+        """Check everything that `run` checks before its first step, and write nothing. The adapter stays attached."""
+        check_out(self.out)
+        self._attach(self.validate())
+        return self.report
+
     def run(self, *, resume: bool = False) -> RunResult:
         """Train from the start, or with `resume` from the newest sound checkpoint of the run directory.
 
@@ -124,7 +130,7 @@ class Trainer:
         self.trained = Trained(setup.model, self.parameters, self.optimizer, self.adalora)
         if self.config.train.checkpointing:
             setup.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.rows = RowModel(setup.model, packing=self.config.train.pack != "off")
+        self.rows = RowModel(setup.model, packing=self.config.train.pack != "off" and not adapter.invocation)
         few = [setup.train[i] for i in range(min(8, len(setup.train)))]
         self.rows.check(few, required=self.config.train.pack == "on")
         for note in self.rows.notes:

@@ -69,12 +69,14 @@ def lr_ratio(name: str, parameter: Tensor, config: OptimConfig, is_embedding: bo
 def lora_fa_gradient(grad: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
     """The gradient of B that brings ΔW nearest to a full fine-tuning step while A stays: g (A Aᵀ)⁺ / s².
 
-    grad (d_out, r) is ∂L/∂B = s·G Aᵀ of a full gradient G (d_out, d_in); with the result Ĝ the change s·Ĝ A of W is
-    G projected on A's rows: min ‖s·Ĝ A − G‖_F (LoRA-FA, arXiv:2308.03303 in its later version, and PEFT's
-    LoraFAOptimizer). In float32; returned in grad's dtype.
+    grad (d_out, r) is ∂L/∂B = s·G Aᵀ of a full gradient G (d_out, d_in) and lora_A (r, d_in), a convolution's with
+    kernel dimensions besides, which are flattened. With the result Ĝ the change s·Ĝ A of W is G projected on A's rows:
+    min ‖s·Ĝ A − G‖_F (LoRA-FA, arXiv:2308.03303 in its later version, and PEFT's LoraFAOptimizer). Computed in float32;
+    returned in grad's shape and dtype.
     """
-    a = lora_A.float()
-    return (grad.float() @ torch.linalg.pinv(a @ a.T, hermitian=True) / scaling**2).to(grad.dtype)
+    a = lora_A.float().flatten(1)
+    found = grad.float().flatten(1) @ torch.linalg.pinv(a @ a.T, hermitian=True) / scaling**2
+    return found.view_as(grad).to(grad.dtype)
 
 
 def correct_lora_fa(bank: Bank, name: str) -> None:
