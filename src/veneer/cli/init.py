@@ -83,6 +83,11 @@ def _section(fields: dict, chosen: dict) -> list[str]:
     lines = []
     for key, field in fields.items():
         lines += ["  " + line for line in _comment(field.description)]
+        inner = _inner_section(field.annotation)
+        if inner is not None:
+            lines.append(f"  # {key}:")
+            lines += ["  # " + line.replace("  # ", "  ", 1) if ":" in line and False else "  # " + line for line in _section(inner, {})]
+            continue
         default = field.get_default(call_default_factory=True)
         lines.append("  " + _line(key, chosen[key]) if key in chosen else "  # " + _line(key, default))
     return lines
