@@ -22,6 +22,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        """A section whose keys are all commented out reads as null: it has its defaults."""
+        if not isinstance(values, dict):
+            return values
+        empty = {k for k, v in values.items() if v is None and k in cls.model_fields}
+        empty = {
+            k for k in empty if isinstance(kind := cls.model_fields[k].annotation, type) and issubclass(kind, Section)
+        }
+        return {k: v for k, v in values.items() if k not in empty or cls.model_fields[k].is_required()}
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -255,8 +267,6 @@ class TrainConfig(Section):
     def _shorthands(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("data"), (str, list)):
             values = {**values, "data": {"train": values["data"]}}
-        if isinstance(values, dict):  # a section whose keys are all commented out reads as null
-            values = {k: v for k, v in values.items() if v is not None or k not in ("adapter", "train")}
         return values
 
     @model_validator(mode="after")

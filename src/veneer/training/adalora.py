@@ -158,7 +158,7 @@ class AdaLora:
             for key, p in self._triplets().items():
                 grad = torch.zeros_like(p) if p.grad is None else p.grad
                 smooth_(*self.averages[key], p, grad, self.config.beta1, self.config.beta2)
-        masking = step == last or self.tinit < step < last and step % self.config.deltaT == 0
+        masking = self._allocates(step)
         if masking:
             budget = budget_at(step, self.total, self.tinit, self.tfinal, self.initial, self.target)
             keep = keep_best([self._scores(path) for path in self.paths], budget)
@@ -167,6 +167,14 @@ class AdaLora:
             for path, values in self.values.items():
                 values.masked_fill_(~self.keep[path][:, None], 0)
         self._write()
+
+    def _allocates(self, step: int) -> bool:
+        last = self.total - self.tfinal
+        return step == last or self.tinit < step < last and step % self.config.deltaT == 0
+
+    def allocations(self) -> int:
+        """How often ranks are allocated in the run."""
+        return sum(map(self._allocates, range(1, self.total + 1)))
 
     def _scores(self, path: str) -> Tensor:
         return triplet_scores(*(torch.mul(*self.averages[f"{path}.lora_{leaf}"]).flatten(1) for leaf in "BEA"))

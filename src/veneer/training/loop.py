@@ -28,7 +28,7 @@ from veneer.training.evaluate import heldout_loss
 from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, make_optimizer, set_lr, warmup_steps
-from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
+from veneer.training.setup import Setup, check_invocation, check_out, check_resumable, prepare_run, start_directory
 from veneer.training.state import (
     Progress,
     Trained,
@@ -75,6 +75,8 @@ class Trainer:
             self.setup = prepare_run(self.config, self._note)
             if self.config.adapter.adalora is not None:
                 phases(self.config.adapter.adalora, self.setup.total_steps(self.config.train))
+            if self.config.adapter.invocation:
+                check_invocation(self.setup.train, self.config.adapter.invocation, self._note)
         return self.setup
 
     @property
@@ -122,6 +124,8 @@ class Trainer:
         if adalora is not None:
             total = setup.total_steps(self.config.train)
             self.adalora = AdaLora(bank, "default", adalora, total, seed=self.config.seed)
+            if (times := self.adalora.allocations()) < 20:
+                self._note(f"warning: AdaLoRA allocates ranks in only {times} steps, too few to know which matter")
         self.parameters = self.adalora.parameters() if self.adalora else bank.parameters("default")
         self.report: AttachReport = bank.report()
         self._note(str(self.report))

@@ -134,6 +134,25 @@ def load_data(config: TrainConfig, part: str, tokenizer: Any, note: Callable[[st
     return data
 
 
+def check_invocation(examples: Sequence[TokenizedExample], invocation: list[int], note: Callable[[str], None]) -> None:
+    """Say how many examples an activated adapter does not act in; `DataError` if in none of the first thousand."""
+    few = [examples[i].input_ids for i in range(min(1000, len(examples)))]
+    without = sum(not _holds(ids, invocation) for ids in few)
+    if without == len(few):
+        raise DataError(
+            f"adapter.invocation {invocation} occurs in no training example, so the adapter would never act: take the "
+            f"token ids that the chat template writes where it is to begin"
+        )
+    if without:
+        note(f"warning: {without} of {len(few)} training examples do not hold adapter.invocation: they train nothing")
+
+
+def _holds(ids: np.ndarray, part: list[int]) -> bool:
+    if len(ids) < len(part):
+        return False
+    return bool((np.lib.stride_tricks.sliding_window_view(ids, len(part)) == part).all(1).any())
+
+
 def check_out(out: Path, resume: bool = False) -> None:
     """Check that the run directory is free, or with `resume` that it holds a run. Raises `RunError`."""
     started = (out / "config.yaml").exists()
