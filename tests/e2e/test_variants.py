@@ -25,6 +25,8 @@ VARIANTS = {
     "lora_fa_dora": ["--lora-fa", "--dora", "--set", "train.lora_fa_correction=false"],
     "adalora": ["--adalora", 2, "--set", "adapter.adalora.tinit=0", "--set", "adapter.adalora.tfinal=1"],
     "invocation": ["--invocation", "INVOCATION"],
+    "invocation_text": ["--invocation", "<|im_start|>assistant"],
+    "new_tokens": ["--new-tokens", "<tool>", "--new-tokens", "number"],
     "trainable_tokens": ["--trainable-tokens", "0,1"],
     "tokens_alone": ["--trainable-tokens", "0,1", "--set", "adapter.target_modules=[]"],
     "embedding": ["--targets", "embed_tokens,q_proj", "--tied-head", "embedding"],
@@ -132,8 +134,9 @@ REFUSED = [
     (["--dora", "--target-parameters", "experts.down_proj"], "go without dora"),
     (["--dora", "--invocation", "1,2"], "not defined with adapter.dora"),
     (["--invocation", "1,2", "--set", "train.pack=on"], "rows cannot be packed"),
-    (["--invocation", "5,5,5"], "occurs in no training example"),
-    (["--invocation", "assistant"], "takes token ids with commas"),
+    (["--invocation", "5,5,5"], "no training example holds"),
+    (["--invocation", "zebra"], "no training example holds"),
+    (["--trainable-tokens", "fox"], "adapter.trainable_tokens"),
     (["--targets", "embed_tokens"], "tied_head: both"),
     (["--trainable-tokens", "9999"], "9999 is beyond"),
     (["--trainable-tokens", "3,3"], "given twice"),
@@ -175,7 +178,7 @@ def test_an_example_without_the_invocation_is_counted(cli, model_dir, tokenizer,
         "--invocation", ",".join(map(str, word)),
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "1 of 2 training examples do not hold" in done.err
+    assert "1 training examples do not hold" in done.err
 
 
 def test_sections_written_empty_have_their_defaults():

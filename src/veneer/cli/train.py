@@ -31,6 +31,7 @@ FLAGS = {
     "init": "adapter.init",
     "invocation": "adapter.invocation",
     "trainable_tokens": "adapter.trainable_tokens",
+    "new_tokens": "adapter.new_tokens",
     "tied_head": "adapter.tied_head",
     "lr": "train.lr",
     "epochs": "train.epochs",
@@ -79,10 +80,13 @@ def command(
     ] = None,
     init: Annotated[str | None, typer.Option(help="How A and B start: kaiming, gaussian, orthogonal, …", **V)] = None,
     invocation: Annotated[
-        str | None, typer.Option(help="aLoRA: token ids, with commas, from which on the adapter acts.", **V)
+        str | None, typer.Option(help="aLoRA: the text, or token ids with commas, from which on the adapter acts.", **V)
     ] = None,
     trainable_tokens: Annotated[
         str | None, typer.Option(help="Token ids, with commas, whose embeddings are trained.", **V)
+    ] = None,
+    new_tokens: Annotated[
+        list[str] | None, typer.Option(help="A token to add to the vocabulary and train; may be repeated.", **V)
     ] = None,
     tied_head: Annotated[
         str | None, typer.Option(help="An adapted embedding tied to the head: refuse, both or embedding.", **V)
@@ -143,8 +147,8 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
         if key in flags and len(flags[key]) == 1:
             flags[key] = flags[key][0]
     for key in ("invocation", "trainable_tokens"):
-        if key in flags:
-            flags[key] = _ids(flags[key], key)
+        if key in flags and flags[key].replace(",", "").replace(" ", "").isdecimal():
+            flags[key] = [int(part) for part in flags[key].split(",") if part.strip()]
     targets = flags.get("targets")
     if targets and ("," in targets or targets.replace("_", "").isalnum() and targets not in ("attention", "mlp")):
         flags["targets"] = [part.strip() for part in targets.split(",")]
@@ -163,13 +167,6 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
             raise RunError(f"{run} holds no run to resume")
         return TrainConfig.from_dict(read_yaml(run / "config.yaml") | {"out": str(run)}, overrides)
     return TrainConfig.from_dict(read_yaml(config) if config else {}, overrides)
-
-
-def _ids(text: str, key: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--{key.replace('_', '-')} takes token ids with commas, such as 27,91,1049, not {text!r}")
-    return [int(part) for part in parts]
 
 
 def _dry_run(trainer: Any, config: Any) -> None:

@@ -17,10 +17,11 @@ import psutil
 import torch
 
 from veneer.adapter.attach import attach
+from veneer.adapter.invocation import acting_tokens
 from veneer.adapter.report import AttachReport
 from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
-from veneer.errors import RunError, TrainingDiverged, VeneerError
+from veneer.errors import DataError, RunError, TrainingDiverged, VeneerError
 from veneer.files import write_text
 from veneer.formats.peft import read_tensors, save_adapter
 from veneer.training.adalora import AdaLora, phases
@@ -28,7 +29,7 @@ from veneer.training.evaluate import heldout_loss
 from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, make_optimizer, set_lr, warmup_steps
-from veneer.training.setup import Setup, check_invocation, check_out, check_resumable, prepare_run, start_directory
+from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
 from veneer.training.state import (
     Progress,
     Trained,
@@ -75,8 +76,6 @@ class Trainer:
             self.setup = prepare_run(self.config, self._note)
             if self.config.adapter.adalora is not None:
                 phases(self.config.adapter.adalora, self.setup.total_steps(self.config.train))
-            if self.config.adapter.invocation:
-                check_invocation(self.setup.train, self.config.adapter.invocation, self._note)
         return self.setup
 
     @property
@@ -119,7 +118,7 @@ class Trainer:
     def _attach(self, setup: Setup) -> None:
         torch.manual_seed(self.config.seed)
         adapter, adalora = self.config.adapter.model_copy(update={"adalora": None}), self.config.adapter.adalora
-        bank = self.bank = attach(setup.model, adapter, seed=self.config.seed)
+        bank = self.bank = attach(setup.model, adapter, seed=self.config.seed, tokenizer=setup.tokenizer)
         self.adalora = None
         if adalora is not None:
             total = setup.total_steps(self.config.train)
@@ -129,17 +128,29 @@ class Trainer:
         self.parameters = self.adalora.parameters() if self.adalora else bank.parameters("default")
         self.report: AttachReport = bank.report()
         self._note(str(self.report))
+        if (invocation := bank.entries["default"].config.invocation) is not None:
+            self._check_invocation(setup, invocation)
         embeddings = [path for path, layer in bank.layers.items() if isinstance(layer.base_layer, torch.nn.Embedding)]
         self.optimizer = make_optimizer(self.parameters, self.config.train, embeddings)
         self.trained = Trained(setup.model, self.parameters, self.optimizer, self.adalora)
         if self.config.train.checkpointing:
             setup.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.rows = RowModel(setup.model, packing=self.config.train.pack != "off" and not adapter.invocation)
+        self.rows = RowModel(setup.model, packing=self.config.train.pack != "off")
         few = [setup.train[i] for i in range(min(8, len(setup.train)))]
         self.rows.check(few, required=self.config.train.pack == "on")
         for note in self.rows.notes:
             self._note(note)
         setup.model.train()
+
+    def _check_invocation(self, setup: Setup, invocation: list[int]) -> None:
+        """An activated adapter learns nothing from an example without its invocation: say how many there are."""
+        ids = (torch.from_numpy(e.input_ids.astype("int64")) for e in setup.train)
+        without = sum(not bool(acting_tokens(row[None], invocation).any()) for row in ids)
+        text = self.tokenizer.decode(invocation)
+        if without == len(setup.train):
+            raise DataError(f"no training example holds the invocation {text!r}, so the adapter would never act")
+        if without:
+            self._note(f"warning: {without:,} training examples do not hold the invocation {text!r}: nothing is learnt")
 
     def _restore(self) -> Progress:
         for path in reversed(checkpoints(self.out)):
@@ -283,7 +294,7 @@ class Trainer:
             if self.adalora:
                 self._finish_ranks(self.adalora)
             record = {"training": {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss}}
-            save_adapter(setup.model, adapter, provenance=record)
+            save_adapter(setup.model, adapter, provenance=record, tokenizer=setup.tokenizer)
         setup.model.eval()
         result = RunResult(self.out, adapter, state.step, total, loss, state.best_loss, state.seconds, stopped)
         self.observe({"type": "end", **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}})

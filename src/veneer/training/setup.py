@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 
+from veneer.adapter.vocabulary import add_tokens
 from veneer.base.load import load_base
 from veneer.base.paths import cache_dir
 from veneer.config import OptimConfig, TrainConfig
@@ -90,6 +91,8 @@ def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
     model, tokenizer = load_base(
         config.model, dtype=config.dtype, device=config.device, chat_template=config.data.chat_template
     )
+    if config.adapter.new_tokens:
+        add_tokens(model, tokenizer, config.adapter.new_tokens)
     train = load_data(config, "train", tokenizer, note)
     counts, heldout = {"train": train.counts}, None
     if config.data.heldout is not None or config.data.heldout_fraction:
@@ -132,25 +135,6 @@ def load_data(config: TrainConfig, part: str, tokenizer: Any, note: Callable[[st
         if number:
             note(f"warning: {what} data: {number:,} {text}")
     return data
-
-
-def check_invocation(examples: Sequence[TokenizedExample], invocation: list[int], note: Callable[[str], None]) -> None:
-    """Say how many examples an activated adapter does not act in; `DataError` if in none of the first thousand."""
-    few = [examples[i].input_ids for i in range(min(1000, len(examples)))]
-    without = sum(not _holds(ids, invocation) for ids in few)
-    if without == len(few):
-        raise DataError(
-            f"adapter.invocation {invocation} occurs in no training example, so the adapter would never act: take the "
-            f"token ids that the chat template writes where it is to begin"
-        )
-    if without:
-        note(f"warning: {without} of {len(few)} training examples do not hold adapter.invocation: they train nothing")
-
-
-def _holds(ids: np.ndarray, part: list[int]) -> bool:
-    if len(ids) < len(part):
-        return False
-    return bool((np.lib.stride_tricks.sliding_window_view(ids, len(part)) == part).all(1).any())
 
 
 def check_out(out: Path, resume: bool = False) -> None:
