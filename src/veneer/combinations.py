@@ -50,11 +50,11 @@ ADAPTER: list[Rule] = [
     ),
     (
         lambda a: a.invocation and a.dora,
-        "adapter.invocation (aLoRA) is not defined with adapter.dora: leave one out",
+        "adapter.invocation (aLoRA) is not defined with dora: leave one out",
     ),
     (
         lambda a: a.lora_bias and a.dora,
-        "adapter.lora_bias is not defined with adapter.dora: leave one out",
+        "adapter.lora_bias is not defined with dora: leave one out",
     ),
 ]
 """Rules over an `AdapterConfig`."""

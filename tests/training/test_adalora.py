@@ -257,3 +257,54 @@ def test_a_name_that_ends_another_names_only_itself(tmp_path):
     veneer.detach(model)
     veneer.load_adapter(model, tmp_path / "a")
     torch.testing.assert_close(model(x), expected)
+
+
+class Mixed(torch.nn.Module):
+    """An embedding, a convolution and a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = torch.nn.Embedding(9, 6), torch.nn.Conv1d(6, 8, 3)
+        self.groups, self.head = torch.nn.Conv1d(8, 8, 1, groups=2), torch.nn.Linear(8, 5)
+
+    def forward(self, ids):
+        return self.head(self.groups(torch.tanh(self.conv(self.embed(ids).transpose(1, 2)))).transpose(1, 2))
+
+
+def test_embeddings_and_convolutions_have_ranks_too():
+    torch.manual_seed(0)
+    model, ids = Mixed(), torch.randint(0, 9, (4, 7))
+    before = model(ids)
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=4, target_modules=["embed", "conv", "head"]), seed=0)
+    ada = AdaLora(bank, "default", AdaLoraConfig(target_rank=2, tinit=2, tfinal=3), 12)
+    torch.testing.assert_close(model(ids), before)
+    optimizer = torch.optim.AdamW(ada.parameters().values(), lr=2e-2)
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        (model(ids) - 1).square().mean().backward()
+        a = {path: bank.layers[path].lora_A["default"].grad.clone() for path in ada.paths}
+        values, right = ({k: v.detach().clone() for k, v in held.items()} for held in (ada.values, ada.right))
+        config, ada.config = ada.config, ada.config.model_copy(update={"orthogonality": 0.0})
+        ada.backward()  # by the chain rule of A = Λ∘Q alone
+        for path in ada.paths:
+            flat, q = a[path].flatten(1), right[path].flatten(1)
+            torch.testing.assert_close(ada.values[path].grad.flatten(), torch.einsum("ri,ri->r", flat, q))
+            torch.testing.assert_close(ada.right[path].grad.flatten(1), torch.diag(values[path].flatten()) @ flat)
+        ada.config = config
+        optimizer.step()
+        ada.step(step)
+    found = model(ids)
+    assert (found - before).abs().max() > 1e-3 and sum(ada.ranks().values()) == 6
+    ada.finish()
+    torch.testing.assert_close(model(ids), found)
+
+
+def test_a_grouped_convolution_is_refused():
+    bank = veneer.attach(Mixed(), veneer.AdapterConfig(rank=4, target_modules=["groups"]))
+    with pytest.raises(veneer.VeneerError, match="grouped convolutions"):
+        AdaLora(bank, "default", AdaLoraConfig(target_rank=2, tinit=2, tfinal=3), 12)
+
+
+def test_attach_alone_does_not_pretend_to_do_adalora():
+    with pytest.raises(ConfigError, match="the training loop's"):
+        veneer.attach(tiny_llama(), veneer.AdapterConfig(adalora={"target_rank": 4}))

@@ -118,3 +118,15 @@ def test_lora_fa_follows_pefts_optimiser_step_by_step(rslora, monkeypatch):
             torch.testing.assert_close(parameter, weights[name], rtol=2e-4, atol=2e-6, msg=name)
     for name, parameter in parameters.items():
         assert torch.equal(parameter, first[name]) == name.endswith("lora_A")
+
+
+def test_lora_fa_corrects_a_convolution_as_the_matrix_that_it_is():
+    torch.manual_seed(0)
+    lora_A, grad = torch.randn(3, 5, 2), torch.randn(7, 3, 1)
+    flat = lora_fa_gradient(grad.flatten(1), lora_A.flatten(1), 0.5)
+    assert torch.equal(lora_fa_gradient(grad, lora_A, 0.5), flat.view(7, 3, 1))
+
+
+def test_an_embedding_cannot_be_lora_fa_for_its_a_starts_at_zero():
+    with pytest.raises(veneer.VeneerError, match="nothing would be learnt"):
+        veneer.attach(net(), veneer.AdapterConfig(rank=2, target_modules=["embed"], lora_fa=True))
