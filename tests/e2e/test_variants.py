@@ -14,7 +14,7 @@ from veneer.config import AdapterConfig, TrainConfig
 
 pytest_plugins = ["commands"]
 
-INITS = [init for init in get_args(AdapterConfig.model_fields["init"].annotation) if init != "kaiming"]
+INITS = set(get_args(AdapterConfig.model_fields["init"].annotation)) - {"kaiming", "loftq"}  # loftq: quantised bases
 VARIANTS = {
     "plain": [],
     "rslora": ["--rslora"],
@@ -33,7 +33,7 @@ VARIANTS = {
     "tied_head": ["--targets", "embed_tokens,q_proj", "--tied-head", "both"],
     "experts": ["--targets", "q_proj", "--target-parameters", "experts.down_proj"],
     "modules_to_save": ["--set", "adapter.modules_to_save=[model.norm]"],
-} | {init: ["--init", init] for init in INITS}
+} | {init: ["--init", init] for init in sorted(INITS)}
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,9 @@ REFUSED = [
     (["--trainable-tokens", "3,3"], "given twice"),
     (["--target-parameters", "experts.down_proj"], "experts.down_proj"),
     (["--init", "magic"], "adapter.init"),
+    (["--init", "loftq"], "is not quantised"),
+    (["--init", "pissa", "--set", "adapter.init_options.eva_rho=3"], "has no effect with init 'pissa'"),
+    (["--init", "pissa", "--adalora", 2], "has its own start"),
     (["--tied-head", "none"], "adapter.tied_head"),
 ]
 

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import torch
 
-from veneer.adapter.attach import attach
+from veneer.adapter.attach import attach_blank, get_bank
+from veneer.adapter.init import COMPUTED
 from veneer.adapter.invocation import acting_tokens
 from veneer.adapter.report import AttachReport
 from veneer.config import TrainConfig
@@ -37,6 +38,7 @@ from veneer.training.state import (
     fill_adapter,
     load_checkpoint,
     save_checkpoint,
+    saved_rows,
     tidy,
 )
 
@@ -89,7 +91,7 @@ class Trainer:
     def dry_run(self) -> AttachReport:
         """Check everything that `run` checks before its first step, and write nothing. The adapter stays attached."""
         check_out(self.out)
-        self._attach(self.validate())
+        self._attach(self.validate(), resume=False)
         return self.report
 
     def run(self, *, resume: bool = False) -> RunResult:
@@ -103,7 +105,7 @@ class Trainer:
         setup = self.validate()
         if resume:
             check_resumable(self.out, self.config, setup)
-        self._attach(setup)
+        self._attach(setup, resume)
         state = self._restore() if resume else Progress()
         if not resume:
             self._write_start(setup)
@@ -115,14 +117,17 @@ class Trainer:
         finally:
             self.metrics.close()
 
-    def _attach(self, setup: Setup) -> None:
+    def _attach(self, setup: Setup, resume: bool) -> None:
         torch.manual_seed(self.config.seed)
-        adapter, adalora = self.config.adapter.model_copy(update={"adalora": None}), self.config.adapter.adalora
-        bank = self.bank = attach(setup.model, adapter, seed=self.config.seed, tokenizer=setup.tokenizer)
+        rows = saved_rows(self.out) if resume and self.config.adapter.init in COMPUTED else None
+        if rows is None:
+            setup.attach(self.config)
+        else:
+            attach_blank(setup.model, self.config.adapter, rows, tokenizer=setup.tokenizer)
+        bank = self.bank = get_bank(setup.model)
         self.adalora = None
-        if adalora is not None:
-            total = setup.total_steps(self.config.train)
-            self.adalora = AdaLora(bank, "default", adalora, total, seed=self.config.seed)
+        if (adalora := self.config.adapter.adalora) is not None:
+            self.adalora = AdaLora(bank, "default", adalora, setup.total_steps(self.config.train), self.config.seed)
             if (times := self.adalora.allocations()) < 20:
                 self._note(f"warning: AdaLoRA allocates ranks in only {times} steps, too few to know which matter")
         self.parameters = self.adalora.parameters() if self.adalora else bank.parameters("default")
