@@ -10,7 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from veneer.kernels import cross_entropy, lora, reference
+from veneer.kernels import cross_entropy, lora, quantised, reference
+from veneer.kernels.quantised import Dequantise
 
 Impl = Literal["auto", "fast", "reference"]
 
@@ -35,6 +36,21 @@ def lora_linear(
     possible = not weight.requires_grad and x.dtype == weight.dtype
     fast = _use_fast(impl, possible, "the weight is trained or has another dtype than x")
     return (lora if fast else reference).lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+
+
+def quantised_lora_linear(
+    x: Tensor,
+    dequantise: Dequantise,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Frozen quantised linear plus one adapter; see `veneer.kernels.reference.quantised_lora_linear`."""
+    fast = _use_fast(impl, True, "")
+    return (quantised if fast else reference).quantised_lora_linear(x, dequantise, bias, lora_A, lora_B, scaling)
 
 
 def linear_cross_entropy(
