@@ -16,16 +16,17 @@ SIZES = {"nf4": (52, 96), "fp4": (38, 123), "int8": (37, 29), "int8-torchao": (3
 """(d_out, d_in); neither block nor group divides the rows of the first two."""
 
 
-def make_layer(kind: str, bias: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+def make_layer(kind: str, *, dtype: torch.dtype = torch.float32, sizes: tuple[int, int] | None = None) -> nn.Module:
+    """A quantised linear with bias; `sizes` (d_out, d_in) holds for those that are made by their libraries."""
     torch.manual_seed(0)
     if kind == "awq":
-        return AwqTorchLinear(in_features=24, out_features=40, group_size=8, bias=bias, dtype=dtype).to(device)
+        return AwqTorchLinear(in_features=24, out_features=40, group_size=8, bias=True, dtype=dtype)
     if kind.startswith("gptq"):
         kind = QuantLinearV2 if kind.endswith("v2") else QuantLinear
         bits = 3 if kind == "gptq-3-bit" else 4
-        return kind(bits, in_features=64, out_features=32, group_size=16, bias=bias, dtype=dtype).to(device)
-    d_out, d_in = SIZES[kind]
-    return quantised_linear(nn.Linear(d_in, d_out, bias), kind, dtype, device)
+        return kind(bits, in_features=64, out_features=32, group_size=16, bias=True, dtype=dtype)
+    d_out, d_in = sizes or SIZES[kind]
+    return quantised_linear(nn.Linear(d_in, d_out), kind, dtype, "cpu")
 
 
 def pack(values: list[int], bits: int) -> list[int]:

@@ -122,7 +122,7 @@ def test_a_base_stored_quantised_loads_as_it_was(base_dir, tmp_path, kind):
 
 
 def test_a_width_that_bitsandbytes_computes_wrongly_is_refused(tmp_path, tokenizer):
-    tiny_llama().save_pretrained(tmp_path)
+    tiny_llama(hidden_size=96).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(BaseModelError, match="blocks of 64 do not divide"):
         load_base(tmp_path, quant="nf4", device="cpu")
@@ -161,26 +161,38 @@ def test_an_adapted_quantised_model_is_the_float_one_with_the_dequantised_weight
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"dora": True}], ids=str)
 def test_every_quantised_linear_can_be_adapted(kind, options):
     """Alone in a tree: with the adapter off it is itself, with it on it adds the update, and detach returns it."""
-    layer = make_layer(kind)
+    layer = make_layer(kind, sizes=(40, 128))
     model, x = nn.Sequential(layer).eval(), torch.randn(3, shape_of(layer)[1])
     before = model(x).detach()
     bank = veneer.attach(model, veneer.AdapterConfig(rank=2, **options))
-    assert torch.equal(model(x), before) or kind in ("int8", "nf4", "fp4", *STORED)
+    scale = float(before.abs().max())
+    tolerance = 0.02 if kind == "int8" else 1e-5  # LLM.int8() rounds its input where no adapter acts
+    torch.testing.assert_close(model(x).detach(), before, rtol=0, atol=tolerance * scale)
     randomise(bank)
     x.requires_grad_()
-    weight = weight_of(layer)
     y = model(x)
-    bias = 0 if layer.bias is None else layer.bias
-    if kind not in ("nf4", "fp4") or not options:
-        total = weight + bank.layers["0"].delta("default")
-        tolerance = 0.05 if kind == "int8" and options else 1e-3
-        scale = float(y.detach().abs().max())
-        torch.testing.assert_close(y, x @ total.t() + bias, rtol=tolerance, atol=tolerance * scale)
+    wanted = x @ (weight_of(layer) + bank.layers["0"].delta("default")).t() + layer.bias
+    torch.testing.assert_close(y, wanted, rtol=0, atol=tolerance * scale)
+    if "dropout" in options:
+        y = model.train()(x)
+        assert not torch.allclose(y, wanted, rtol=0, atol=tolerance * scale)
     y.sum().backward()
     assert x.grad.abs().sum() > 0 and all(p.grad.abs().sum() > 0 for p in bank.parameters("default").values())
     with bank.disabled():
-        assert torch.equal(model(x), before)
+        torch.testing.assert_close(model.eval()(x), before, rtol=0, atol=0)
     assert veneer.detach(model)[0] is layer
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_a_quantised_base_generates_with_and_without_its_adapter(base_dir, kind):
+    model, tokenizer = load_base(base_dir, quant=kind, device="cpu")
+    randomise(veneer.attach(model, veneer.AdapterConfig(rank=4)))
+    prompts = [[{"role": "user", "content": text}] for text in ("hello", "what is the date?")]
+    adapted = veneer.generate(model, tokenizer, prompts, max_new_tokens=5)
+    with veneer.get_bank(model).disabled():
+        plain = veneer.generate(model, tokenizer, prompts, max_new_tokens=5)
+    assert [a.tokens > 0 for a in adapted + plain] == [True] * 4 and adapted != plain
+    assert adapted == veneer.generate(model, tokenizer, prompts, max_new_tokens=5)
 
 
 def test_a_quantised_module_cannot_be_trained_in_full(base_dir):

@@ -125,7 +125,7 @@ def _bitsandbytes8(module: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def _torchao(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    weight = module.weight.detach()
+    weight = module.weight  # no detach: inference mode has none for it
     if hasattr(weight, "dequantize"):
         return weight.dequantize().to(dtype)
     if type(weight).__name__ == "Int4TilePackedTo4dTensor" and weight.act_pre_scale is None:

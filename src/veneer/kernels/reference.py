@@ -36,6 +36,25 @@ def quantised_lora_linear(
     return lora_linear(x, dequantise(x.dtype).detach(), bias, lora_A, lora_B, scaling)
 
 
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+) -> Tensor:
+    """y[…,o] = c[o] (Σ_i x[…,i] W[o,i] + s Σ_r (x Aᵀ)[…,r] B[o,r]) + bias[o], c = m/norm (arXiv:2402.09353, eq. 5).
+
+    Shapes as in `lora_linear`, magnitude m and norm (O); norm = ‖W + s B A‖ by rows is a constant (section 4.3).
+    """
+    c = (magnitude / norm).to(x.dtype)
+    y = c * lora_linear(x, weight, None, lora_A, lora_B, scaling)
+    return y if bias is None else y + bias
+
+
 def grouped_lora(
     x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], rows: Tensor | None = None
 ) -> Tensor:
