@@ -87,6 +87,8 @@ def load_base(
             model = _read(source.where, options, str(name_or_path))
     if not getattr(model, "hf_device_map", None):
         model.to(torch.device(place))
+    if quant:
+        quantisation.unmap(model)
     quantisation.steady(model)
     model.requires_grad_(False)
     model.eval()

@@ -123,6 +123,15 @@ def quantised_linear(linear: nn.Linear, quant: str, dtype: torch.dtype, device: 
     return made.requires_grad_(False)
 
 
+def unmap(model: nn.Module) -> None:
+    """Copy what stayed float: one tensor of a memory-mapped weights file in use keeps all of its pages resident."""
+    for module in model.modules():
+        if not quantised.method(module):
+            for parameter in module.parameters(recurse=False):
+                if parameter.device.type == "cpu":
+                    parameter.data = parameter.data.clone()
+
+
 def steady(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in eval mode, and from one warning for each 8-bit product.
 
