@@ -158,7 +158,7 @@ def test_an_adapted_quantised_model_is_the_float_one_with_the_dequantised_weight
 
 
 @pytest.mark.parametrize("kind", (*LOADED, *STORED))
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"dropout": 0.5}, {"dora": True}], ids=str)
 def test_every_quantised_linear_can_be_adapted(kind, options):
     """Alone in a tree: with the adapter off it is itself, with it on it adds the update, and detach returns it."""
     layer = make_layer(kind, sizes=(40, 128))

@@ -72,7 +72,7 @@ def open_adapter(
     base, tokenizer = load_base(
         model or base_of(adapter), device=device, dtype=dtype, quant=quant, chat_template=template
     )
-    load_adapter(base, adapter, force=force, trainable=False)
+    load_adapter(base, adapter, force=force, trainable=False, tokenizer=tokenizer)
     base.eval()
     return Opened(base, tokenizer, adapter, run)
 

@@ -32,6 +32,10 @@ class AdaptedAttention(AdaptedModule):
     def d_out(self) -> int:
         return 3 * self.base_layer.embed_dim
 
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.in_proj_weight
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.routing.rows is not None and any(row in self.lora_A for row in self.routing.rows):
             raise AdapterStateError("MultiheadAttention modules cannot be routed by row")
@@ -54,5 +58,5 @@ class AdaptedAttention(AdaptedModule):
     def merged(self, weights: Mapping[str, float]) -> nn.Module:
         with torch.no_grad():
             weight = self.base_layer.in_proj_weight
-            total = weight.float() + sum(w * self.delta(n) for n, w in self._mine(weights))
+            total = math.wide(weight) + sum(w * self.delta(n) for n, w in self._mine(weights))
             return clone_module(self.base_layer, in_proj_weight=total.to(weight.dtype))

@@ -77,22 +77,22 @@ class AdaptedLinear(AdaptedModule):
 
     def _fused(self, x: Tensor, weight: Tensor, name: str, w: float) -> Tensor:
         (lora_A, lora_B), s = self.factors(name), w * self.scaling[name]
-        bias, own = self.base_layer.bias, self.lora_bias[name] if name in self.lora_bias else None
         if self._is_dora(name):
-            norm = self.norm(name)
-            if own is not None:
-                own = s * own * (self.lora_magnitude_vector[name] / norm).to(own.dtype)
-            m = self.lora_magnitude_vector[name]
-            return dispatch.dora_linear(x, weight, _plus(bias, own), lora_A, lora_B, m, norm, s)
-        bias = _plus(bias, own if own is None else s * own)
-        return dispatch.lora_linear(x, weight, bias, lora_A, lora_B, s)
+            m, bias = self.lora_magnitude_vector[name], self.base_layer.bias
+            return dispatch.dora_linear(x, weight, bias, lora_A, lora_B, m, self.norm(name), s)
+        return dispatch.lora_linear(x, weight, self._bias(name, s), lora_A, lora_B, s)
 
     def _dequantised(self, x: Tensor, dequantise: Dequantise, name: str, w: float) -> Tensor:
         (lora_A, lora_B), s = self.factors(name), w * self.scaling[name]
-        own = s * self.lora_bias[name] if name in self.lora_bias else None
-        bias = _plus(self.base_layer.bias, own)
+        bias = self._bias(name, s)
         bias = None if bias is None else bias.to(x.dtype)
         return dispatch.quantised_lora_linear(x, dequantise, bias, lora_A, lora_B, s)
+
+    def _bias(self, name: str, s: float) -> Tensor | None:
+        bias, own = self.base_layer.bias, self.lora_bias[name] if name in self.lora_bias else None
+        if own is None:
+            return bias
+        return s * own if bias is None else bias + (s * own).to(bias.dtype)
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Adapter `name`'s part of the output, given the base's output y."""
@@ -158,9 +158,9 @@ class AdaptedLinear(AdaptedModule):
         change = math.delta(*self.factors(name), self.scaling[name])
         if not self._is_dora(name):
             return change
-        weight = weight_of(self.base_layer).float()
+        weight = math.wide(weight_of(self.base_layer))
         total = weight + change
-        c = self.lora_magnitude_vector[name].float() / torch.linalg.vector_norm(total, dim=1)
+        c = math.wide(self.lora_magnitude_vector[name]) / torch.linalg.vector_norm(total, dim=1)
         return c.unsqueeze(1) * total - weight
 
     def merged(self, weights: Mapping[str, float]) -> nn.Module:
@@ -171,23 +171,15 @@ class AdaptedLinear(AdaptedModule):
                 f"merge into the original weights instead (veneer merge BASE ADAPTER --out DIR)"
             )
         with torch.no_grad():
-            total = weight_of(base).float() + sum(w * self.delta(n) for n, w in mine)
+            total = math.wide(weight_of(base)) + sum(w * self.delta(n) for n, w in mine)
             bias = base.bias
             for name, w in mine:
                 if name in self.lora_bias:
-                    own = w * self.scaling[name] * self.lora_bias[name].float()
-                    if self._is_dora(name):
-                        own = own * (self.lora_magnitude_vector[name] / self.norm(name))
-                    bias = own if bias is None else bias.float() + own
+                    own = w * self.scaling[name] * math.wide(self.lora_bias[name])
+                    bias = own if bias is None else math.wide(bias) + own
             total = (total.t() if is_conv1d(base) else total).to(base.weight.dtype).contiguous()
             bias = None if bias is None else bias.to(base.weight.dtype).clone()
         return clone_module(base, weight=total, bias=bias)
-
-
-def _plus(bias: Tensor | None, own: Tensor | None) -> Tensor | None:
-    if bias is None or own is None:
-        return bias if own is None else own
-    return bias + own.to(bias.dtype)
 
 
 class _tokens_of:
