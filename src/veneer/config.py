@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from veneer import combinations
 from veneer.errors import ConfigError
 
+Quant = Literal["none", "nf4", "fp4", "int8", "int8-torchao", "int4-torchao", "hqq"]
+
 
 class Section(BaseModel):
     """Base of the configuration classes: unknown keys are errors, and errors are `ConfigError`."""
@@ -300,6 +302,9 @@ class TrainConfig(Section):
     """How it is trained."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Base weights and arithmetic; auto: float32 on a CPU, bfloat16 on a GPU that has it."""
+    quant: Quant = "none"
+    """Hold the base's linears in fewer bits (docs/quantised.md): nf4 (QLoRA, arXiv:2305.14314), fp4, int8,
+    int8-torchao, int4-torchao, hqq. Embeddings, norms and the output head keep their dtype."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     seed: int = Field(0, ge=0, lt=2**63)

@@ -32,6 +32,10 @@ VARIANTS = {
     "embedding": ["--targets", "embed_tokens,q_proj", "--tied-head", "embedding"],
     "tied_head": ["--targets", "embed_tokens,q_proj", "--tied-head", "both"],
     "experts": ["--targets", "q_proj", "--target-parameters", "experts.down_proj"],
+    "nf4": ["--quant", "nf4"],
+    "nf4_lora_fa": ["--quant", "nf4", "--lora-fa"],
+    "nf4_adalora": ["--quant", "nf4", "--adalora", 2],
+    "nf4_loftq": ["--quant", "nf4", "--init", "loftq"],
     "modules_to_save": ["--set", "adapter.modules_to_save=[model.norm]"],
 } | {init: ["--init", init] for init in sorted(INITS)}
 
@@ -61,6 +65,8 @@ def no_page(monkeypatch):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant(name, no_page, cli, model_dir, moe_dir, tokenizer, chat_file, tmp_path):
+    if "nf4" in name:
+        pytest.importorskip("bitsandbytes")
     base, run = moe_dir if name == "experts" else model_dir, tmp_path / "run"
     marker = tokenizer("<|im_start|>assistant", add_special_tokens=False)["input_ids"]
     flags = [",".join(map(str, marker)) if flag == "INVOCATION" else flag for flag in VARIANTS[name]]
@@ -95,10 +101,11 @@ def assert_resumes(cli, run):
 
 
 def assert_same_in_peft(base, adapter, marker):
+    """On the float base, also for an adapter of a quantised one: the question is what the files say."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    opened = open_adapter(adapter, None, device="cpu", dtype="float32", force=False).model
+    opened = open_adapter(adapter, None, device="cpu", dtype="float32", force=False, quant="none").model
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     ids = torch.tensor([[5, 9, 0, 1, *range(20, 30), *marker, 7, 1, 300]])
     with torch.no_grad():

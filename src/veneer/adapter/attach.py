@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter.bank import Bank, Entry
+from veneer.adapter.frozen import is_quantised
 from veneer.adapter.init import Start, blank, start
 from veneer.adapter.invocation import watch_invocation
 from veneer.adapter.layers import (
@@ -166,10 +167,10 @@ def install(plan: Plan, starts: list[Start], name: str) -> Bank:
         raise AdapterStateError("adapters are merged into the base: unmerge() first")
     for target, begin in zip(plan.targets, starts, strict=True):
         layer = bank.layers.get(target.name) or _wrap(bank, target)
-        frozen = layer.weight
-        dtype = frozen.dtype if config.dtype == "base" and frozen.is_floating_point() else torch.float32
+        where, computes_in = layer.place()
+        dtype = computes_in if config.dtype == "base" else torch.float32
         # Contiguous, as a resumed run's are: another order in memory would round its products otherwise.
-        place = {"device": frozen.device, "dtype": dtype, "copy": True, "memory_format": torch.contiguous_format}
+        place = {"device": where, "dtype": dtype, "copy": True, "memory_format": torch.contiguous_format}
         options = Options(config.rslora, config.dropout, config.dora, config.lora_bias, begin.changes_base)
         shapes = layer.factor_shapes(target.rank if begin.rank is None else begin.rank)
         lora_A, lora_B = (f.to(**place).reshape(shape) for f, shape in zip((begin.lora_A, begin.lora_B), shapes))
@@ -357,6 +358,11 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig, targets: list[Targ
             raise TargetError(f"modules_to_save {entry!r} matches nothing; {near_misses(entry, modules)}")
         kept |= found
     for path, module in kept.items():
+        packed = next((type(part).__name__ for part in module.modules() if is_quantised(part)), None)
+        if packed:
+            raise TargetError(
+                f"modules_to_save {path}: a quantised module ({packed}) cannot be trained in full: adapt it"
+            )
         inside = next((t.name for t in targets if t.name == path or t.name.startswith(path + ".")), None)
         if inside:
             raise TargetError(f"{inside} is in modules_to_save and in target_modules: exclude it from one")

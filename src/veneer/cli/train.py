@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from veneer.cli.common import err, parse_settings
+from veneer.cli.common import QUANT_HELP, err, parse_settings
 from veneer.errors import ConfigError, RunError
 
 FLAGS = {
@@ -42,6 +42,7 @@ FLAGS = {
     "chat_template": "data.chat_template",
     "device": "device",
     "dtype": "dtype",
+    "quant": "quant",
     "seed": "seed",
 }
 
@@ -100,6 +101,7 @@ def command(
     chat_template: Annotated[str | None, typer.Option(help="File with a Jinja chat template.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    quant: Annotated[str | None, typer.Option(help=QUANT_HELP)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, e.g. train.pack=off.")

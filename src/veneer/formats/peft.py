@@ -73,7 +73,7 @@ def save_adapter(
 
 
 def base_record(model: nn.Module) -> dict[str, Any]:
-    """Which base a model is: where it came from and its fingerprint (kept after the first call)."""
+    """Which base a model is: where it came from, how it is quantised, and its fingerprint (kept after the first call)."""
     bank = model.__dict__.get(BANK)
     if bank is None:
         mark = fingerprint(model).as_dict()
@@ -84,7 +84,7 @@ def base_record(model: nn.Module) -> dict[str, Any]:
         mark = bank.fingerprint
     info = getattr(model, "veneer_base", None)
     name = info.name_or_path if info else getattr(getattr(model, "config", None), "_name_or_path", None)
-    return {"name_or_path": name or None, "fingerprint": mark}
+    return {"name_or_path": name or None, "quant": getattr(info, "quant", None), "fingerprint": mark}
 
 
 def load_adapter(
