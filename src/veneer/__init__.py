@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
     from veneer.formats.peft import load_adapter, save_adapter
+    from veneer.interop.accelerate import accelerate, decelerate
     from veneer.training.loop import Trainer, train
 
 _WHERE = {
@@ -37,6 +38,8 @@ _WHERE = {
     "VeneerError": "errors",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
+    "accelerate": "interop.accelerate",
+    "decelerate": "interop.accelerate",
     "Trainer": "training.loop",
     "train": "training.loop",
 }
