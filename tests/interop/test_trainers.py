@@ -107,3 +107,82 @@ def test_sft_trainer_gives_the_same_losses(tmp_path, tokenizer, packing):
     one = losses(sft(plain, tmp_path / "p", tokenizer, **options))
     two = losses(sft(fast, tmp_path / "f", tokenizer, **options))
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def attached(tmp_path, name="default", seed=None, **options):
+    """A Veneer-attached model; with the factors of `peft_model` unless there is a seed."""
+    model = tiny_llama()
+    config = veneer.AdapterConfig(rank=4, alpha=8, dropout=options.pop("dropout", 0.1), **options)
+    if seed is not None:
+        veneer.attach(model, config, seed=seed, name=name)
+        return model
+    peft_model().save_pretrained(tmp_path / "initial")
+    veneer.load_adapter(model, tmp_path / "initial", name=name)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer_trains_an_attached_model_as_it_does_pefts(tmp_path, checkpointing):
+    options = {"gradient_checkpointing": checkpointing}
+    one = trained(peft_model(), tmp_path / "p", **options)
+    assert trained(attached(tmp_path), tmp_path / "v", **options) == pytest.approx(one, rel=1e-5)
+
+
+def test_sft_trainer_trains_an_attached_model_as_it_does_pefts(tmp_path, tokenizer):
+    one = losses(sft(peft_model(), tmp_path / "p", tokenizer))
+    assert losses(sft(attached(tmp_path), tmp_path / "v", tokenizer)) == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["model.norm"]}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_trainer_saves_an_attached_models_adapter_and_resumes_from_it(tmp_path, options):
+    expected = trained(attached(tmp_path, seed=1, **options), tmp_path / "whole")
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    model = attached(tmp_path, seed=1, **options)
+    trained(model, tmp_path / "cut", **saving)
+    again = attached(tmp_path, seed=2, **options)
+    trainer = Trainer(model=again, args=arguments(tmp_path / "cut", **saving), train_dataset=rows())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found == pytest.approx(expected, rel=1e-5)
+    names = {p.name for p in (tmp_path / "cut" / "checkpoint-3").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "veneer.json", "model.safetensors"} <= names
+    ids = rows(1)[0]["input_ids"][None]
+    trainer.save_model(str(tmp_path / "cut"))  # beside the checkpoints, which stay
+    assert (tmp_path / "cut" / "checkpoint-3").is_dir() and not (tmp_path / "cut" / "model.safetensors").exists()
+    back = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "cut")
+    torch.testing.assert_close(back(input_ids=ids).logits, again.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_trainer_loads_an_attached_models_best_checkpoint(tmp_path):
+    model = attached(tmp_path, seed=1)
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    options |= {"load_best_model_at_end": True, "greater_is_better": True}  # so that the first is the best
+    args = arguments(tmp_path / "out", **options)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), eval_dataset=rows(4))
+    trainer.train()
+    best = tmp_path / "out" / "checkpoint-2"
+    assert trainer.state.best_model_checkpoint == str(best)
+    again = tiny_llama()
+    veneer.load_adapter(again, best)
+    ids = rows(1)[0]["input_ids"][None]
+    torch.testing.assert_close(model.eval()(ids).logits, again(ids).logits)
+
+
+def test_save_pretrained_of_an_attached_model_writes_its_adapters(tmp_path):
+    model = attached(tmp_path)
+    veneer.attach(model, veneer.AdapterConfig(rank=2, target_modules=["q_proj"]), name="second")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path / "out")
+    files = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    own = {"adapter_config.json", "adapter_model.safetensors", "veneer.json"}
+    assert files == own | {f"second/{name}" for name in own} | {"notes.txt"}
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out" / "second")
+    assert loaded.peft_config["default"].r == 2
+    with pytest.raises(veneer.VeneerError, match=r"save_pretrained\(push_to_hub=…\).*merge"):
+        model.save_pretrained(tmp_path / "out", push_to_hub=True)
+    veneer.detach(model)
+    model.save_pretrained(tmp_path / "base")
+    assert type(model).from_pretrained(tmp_path / "base").num_parameters() == model.num_parameters()
