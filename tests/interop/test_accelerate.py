@@ -25,9 +25,10 @@ def config(**options):
 
 def randomise(model, seed=5):
     torch.manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data.normal_(std=0.3)
+            noise = torch.randn_like(parameter) * 0.3
+            parameter.data = parameter.data * (1 + noise) if "magnitude" in name else noise
     return model
 
 
@@ -74,6 +75,8 @@ CASES = {
     "saved-norm": ({}, {"modules_to_save": ["norm"]}),
     "lora-bias": (BIASED, {"lora_bias": True}),
     "dora": ({}, {"use_dora": True}),
+    "dora-bias": (BIASED, {"use_dora": True, "use_rslora": True}),
+    "dora-dropout": ({}, {"use_dora": True, "lora_dropout": 0.3}),
     "pissa": ({}, {"init_lora_weights": "pissa"}),
     "embedding": ({"tie_word_embeddings": False}, {"target_modules": ["embed_tokens", "q_proj"]}),
 }
@@ -85,7 +88,7 @@ def test_logits_gradients_and_state_dict_are_pefts(case, training):
     base, options = CASES[case]
     plain, fast, report = pair(lambda: peft_model(base, **options).train(training))
     assert len(report.accelerated) == len(fast_layers(fast))
-    assert bool(report.accelerated) == (case not in ("dora", "lora-bias"))
+    assert bool(report.accelerated) == (case != "lora-bias")
     assert_same(run(plain), run(fast))
     one, two = plain.state_dict(), fast.state_dict()
     assert list(one) == list(two) and all(torch.equal(one[key], two[key]) for key in one)
@@ -97,7 +100,8 @@ def test_report_names_what_is_not_accelerated_and_why():
     assert [name.rsplit(".", 1)[-1] for name in report.accelerated] == ["q_proj", "q_proj"]
     assert report.plain == {"base_model.model.model.embed_tokens": "lora.Embedding is not covered"}
     assert str(report) == "2 of 3 PEFT layers accelerated; 1 not: lora.Embedding is not covered"
-    assert "DoraLinearVariant is not covered" in str(veneer.accelerate(peft_model(use_dora=True)))
+    alora = peft_model(alora_invocation_tokens=[5])
+    assert "ALoraLinearVariant is not covered" in str(veneer.accelerate(alora))
     with pytest.raises(AdapterStateError, match="veneer.attach"):
         veneer.accelerate(tiny_llama())
 
@@ -112,6 +116,16 @@ def test_forward_saves_x_alone_but_honours_hooks_on_the_factors():
     layer.lora_A["default"].register_forward_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(layer(x), expected)
     assert calls == [1]
+
+
+def test_dora_follows_a_changed_base_weight():
+    plain, fast, _ = pair(lambda: peft_model(use_dora=True).train())  # in eval PEFT keeps the norms it had
+    assert_same(run(plain), run(fast))
+    for model in (plain, fast):
+        for layer in (m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)):
+            with torch.no_grad():
+                layer.base_layer.weight.mul_(1.5)
+    assert_same(run(plain), run(fast))
 
 
 def test_second_call_and_undo():
@@ -168,10 +182,10 @@ def test_bitsandbytes(bits):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16-base", "autocast"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_low_precision_is_as_near_the_truth_as_pefts(autocast, dropout):
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2}, {"use_dora": True}], ids=str)
+def test_low_precision_is_as_near_the_truth_as_pefts(autocast, options):
     def make():
-        model = peft_model(lora_dropout=dropout).train()
+        model = peft_model(**options).train()
         if not autocast:
             for name, parameter in model.named_parameters():
                 parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()

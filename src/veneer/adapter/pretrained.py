@@ -26,20 +26,16 @@ HARMLESS = {"safe_serialization", "max_shard_size", "save_peft_format", "token"}
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # how Trainer names the directories that it resumes from
 
 
-def claim(model: nn.Module) -> None:
+def claim(bank: Bank) -> None:
     """Give a freshly adapted transformers model its own `save_pretrained`, and tell transformers of the adapters.
 
     The flag is transformers' own for "adapters are on this model": Trainer then takes a quantised base, and gradient
-    checkpointing makes the inputs require gradients.
+    checkpointing makes the inputs require gradients. `detach` and `merge` undo both.
     """
+    model = bank.model
     if hasattr(model, "save_pretrained"):
         model.__dict__ |= {"save_pretrained": MethodType(save_pretrained, model), "_hf_peft_config_loaded": True}
-
-
-def release(model: nn.Module) -> None:
-    """Undo `claim`."""
-    for name in ("save_pretrained", "_hf_peft_config_loaded"):
-        model.__dict__.pop(name, None)
+        bank.undo.append(lambda: [model.__dict__.pop(key) for key in ("save_pretrained", "_hf_peft_config_loaded")])
 
 
 def save_pretrained(
@@ -79,7 +75,7 @@ def trained_state(bank: Bank) -> dict[str, Tensor]:
 
     The names and values are `model.state_dict()`'s, so that `model.load_state_dict(…, strict=False)` takes them back.
     """
-    layers = {id(layer) for layer in bank.layers.values()}
+    layers = {id(layer) for layer in bank.wrappers}
     inside = tuple(f"{path}." for path, module in bank.model.named_modules() if id(module) in layers)
     trains = {path for path, p in bank.model.named_parameters(remove_duplicate=False) if p.requires_grad}
     return {

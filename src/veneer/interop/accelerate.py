@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.errors import AdapterStateError
-from veneer.interop.accelerated import AcceleratedForward, accelerated
+from veneer.interop.accelerated import AcceleratedForward, accelerated, is_covered
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def _why_not(layer: nn.Module) -> str | None:
     if "forward" in layer.__dict__:
         return "another library replaced the layer's forward"
     names = list(layer.lora_A)
-    if all(name in layer.lora_variant for name in names):
-        return f"{type(layer.lora_variant[names[0]]).__name__} is not covered" if names else "no adapter on the layer"
-    if all(layer.lora_bias.get(name) for name in names):
-        return "lora_bias is not covered"
-    return None
+    if not names:
+        return "no adapter on the layer"
+    if not any(is_covered(layer.lora_variant.get(name)) for name in names):
+        return f"{type(layer.lora_variant[names[0]]).__name__} is not covered"
+    return "lora_bias is not covered" if all(layer.lora_bias.get(name) for name in names) else None

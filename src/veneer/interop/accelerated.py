@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapter import math
+from veneer.adapter.frozen import row_square_norms
 from veneer.kernels import dispatch
 
 COVERED = {
@@ -26,23 +28,26 @@ COVERED = {
 
 
 class AcceleratedForward:
-    """y = base_layer(x) + s·B A dropout(x) as Veneer computes it: in x's dtype, or autocast's.
+    """y = base_layer(x) + s·B A dropout(x), or DoRA's, as Veneer computes it: in x's dtype, or autocast's.
 
     PEFT casts every input to the adapter's dtype instead, float32 as a rule. Its own forward still runs where an
     input, a state or a hook asks for more than the formula.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = _plain_adapter(self)
+        name = _covered_adapter(self)
         if name is None or args or any(value is not None for value in kwargs.values()) or not x.is_floating_point():
             return super().forward(x, *args, **kwargs)
         base, dropout, s = self.base_layer, self.lora_dropout[name], self.scaling[name]
         lora_A, lora_B = self.lora_A[name].weight, self.lora_B[name].weight
-        drops = self.training and getattr(dropout, "p", 0) > 0
+        drops, is_dora = self.training and getattr(dropout, "p", 0) > 0, name in self.lora_variant
         if drops or not _is_plain_linear(base):
-            return _add_update(base(x), dropout(x), lora_A, lora_B, s)
+            return super().forward(x) if is_dora else _add_update(base(x), dropout(x), lora_A, lora_B, s)
         x, weight, bias = _autocast(x), _autocast(base.weight), _autocast(base.bias)
         with torch.autocast(x.device.type, enabled=False):
+            if is_dora:
+                magnitude, norm = self.lora_magnitude_vector[name].weight, _dora_norm(self, name)
+                return dispatch.dora_linear(x, weight, bias, lora_A, lora_B, magnitude, norm, s)
             return dispatch.lora_linear(x, weight, bias, lora_A, lora_B, s)
 
 
@@ -63,15 +68,20 @@ def __getattr__(name: str) -> type:
     return accelerated(getattr(import_module(f"peft.tuners.lora.{COVERED[kind]}"), kind))
 
 
-def _plain_adapter(layer: nn.Module) -> str | None:
-    """The layer's one active adapter, if nothing but the formula is to be computed."""
+def _covered_adapter(layer: nn.Module) -> str | None:
+    """The layer's one active adapter, if nothing but the formula, or DoRA's, is to be computed."""
     if layer.disable_adapters or layer.merged:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(names) != 1 or names[0] in layer.lora_variant or layer.lora_bias.get(names[0]):
+    if len(names) != 1 or layer.lora_bias.get(names[0]) or not is_covered(layer.lora_variant.get(names[0])):
         return None
     plain = _is_plain_linear(layer.lora_A[names[0]]) and _is_plain_linear(layer.lora_B[names[0]])
     return names[0] if plain else None
+
+
+def is_covered(variant: object) -> bool:
+    """Whether a PEFT layer's variant of LoRA is one that is computed here."""
+    return variant is None or type(variant).__name__ == "DoraLinearVariant"
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -86,6 +96,17 @@ def _autocast(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.dtype is torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _dora_norm(layer: nn.Module, name: str) -> Tensor:
+    """‖W + s B A‖ of each row in float32, (d_out), without gradient; ‖W‖² is kept while W is the same."""
+    weight = layer.base_layer.weight
+    with torch.no_grad():
+        mark = weight.data_ptr(), weight._version
+        if layer.__dict__.get("_veneer_squares", (None,))[0] != mark:
+            layer.__dict__["_veneer_squares"] = mark, row_square_norms(weight)
+        squares = layer.__dict__["_veneer_squares"][1]
+        return math.dora_norm(weight, squares, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
 def _add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: float) -> Tensor:
