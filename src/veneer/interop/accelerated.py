@@ -106,7 +106,9 @@ def _dora_norm(layer: nn.Module, name: str) -> Tensor:
         if layer.__dict__.get("_veneer_squares", (None,))[0] != mark:
             layer.__dict__["_veneer_squares"] = mark, row_square_norms(weight)
         squares = layer.__dict__["_veneer_squares"][1]
-        return math.dora_norm(weight, squares, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        return math.dora_norm(
+            weight, squares, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        )
 
 
 def _add_update(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, s: float) -> Tensor:

@@ -117,7 +117,11 @@ def _convert(source: nn.Module) -> nn.Module:
     for name, config in configs.items():
         tensors = _live_tensors(source, name)
         flags = {key: value.requires_grad for key, value in tensors.items()}
-        parts[name] = _live_fields(config, name, layers) | {"modules_to_save": _live_modules(source, name)}, tensors, flags
+        parts[name] = (
+            _live_fields(config, name, layers) | {"modules_to_save": _live_modules(source, name)},
+            tensors,
+            flags,
+        )
     active = source.active_adapters() if callable(source.active_adapters) else source.active_adapters
     if any(getattr(layer, "_disable_adapters", False) for layer in layers.values()):
         active = []
