@@ -1,9 +1,10 @@
 """veneer.accelerate against the same PEFT model left alone: step time and peak memory, in the same run.
 
-    python benchmarks/bench_accelerate.py [--steps 6] [--batch 2] [--length 256] [--dtype float32] [--dropout 0]
+    python benchmarks/bench_accelerate.py [--steps 5] [--batch 2] [--length 256] [--dtype float32] [--dropout 0] [--dora]
                                           [--device cpu] [--out benchmarks/results/accelerate.json]
+    python benchmarks/bench_accelerate.py --model random-1b --device cuda --dtype bfloat16 --batch 8 --length 1024
 
-SmolLM2-135M-Instruct, rank 16, all linears, AdamW, random tokens. Three variants: PEFT as it is, PEFT with its cast of
+SmolLM2-135M-Instruct (or random weights of Llama 1B's shapes), rank 16, all linears, AdamW, random tokens. Three variants: PEFT as it is, PEFT with its cast of
 inputs switched off (`peft.helpers.disable_input_dtype_casting`; the same thing in float32), and accelerated. Each runs
 in processes of its own, in turn, `--rounds` times; a step's time is the median of all steps after the first of each
 process, and the memory is the highest of the process (CPU, loading included) or of the allocator (CUDA).
@@ -35,12 +36,12 @@ def measure(args: argparse.Namespace) -> dict:
 
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
-    model, _ = veneer.load_base("smollm2-135m-instruct")
-    model = model.to(args.device, getattr(torch, args.dtype)).requires_grad_(False)
     torch.manual_seed(0)
+    model = load(args).requires_grad_(False)
     config = peft.LoraConfig(
         r=16, lora_alpha=32, lora_dropout=args.dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
+    config.use_dora = args.dora
     model = peft.get_peft_model(model, config).train()
     if args.variant == "accelerated":
         print(veneer.accelerate(model), file=sys.stderr)
@@ -67,6 +68,21 @@ def measure(args: argparse.Namespace) -> dict:
     return {"seconds": seconds[1:], "peak_gib": peak, "losses": losses, "device": device_name(args.device)}
 
 
+def load(args: argparse.Namespace):
+    import torch
+
+    import veneer
+
+    if args.model != "random-1b":
+        return veneer.load_base(args.model)[0].to(args.device, getattr(torch, args.dtype))
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    config = LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=50000, dtype=args.dtype)
+    with torch.device(args.device):
+        return LlamaForCausalLM(config).to(getattr(torch, args.dtype))
+
+
 def device_name(device: str) -> str:
     import torch
 
@@ -75,12 +91,14 @@ def device_name(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="or random-1b: Llama 1B's shapes")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dora", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accelerate.json"))

@@ -95,7 +95,7 @@ def conversations():
 
 def sft(model, folder, tokenizer, **options):
     trl = pytest.importorskip("trl")
-    args = arguments(folder, trl.SFTConfig, gradient_checkpointing=False, max_length=64, **options)
+    args = arguments(folder, trl.SFTConfig, **{"gradient_checkpointing": False, "max_length": 64} | options)
     return trl.SFTTrainer(model=model, args=args, train_dataset=conversations(), processing_class=tokenizer)
 
 
@@ -128,9 +128,11 @@ def test_trainer_trains_an_attached_model_as_it_does_pefts(tmp_path, checkpointi
     assert trained(attached(tmp_path), tmp_path / "v", **options) == pytest.approx(one, rel=1e-5)
 
 
-def test_sft_trainer_trains_an_attached_model_as_it_does_pefts(tmp_path, tokenizer):
-    one = losses(sft(peft_model(), tmp_path / "p", tokenizer))
-    assert losses(sft(attached(tmp_path), tmp_path / "v", tokenizer)) == pytest.approx(one, rel=1e-5)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sft_trainer_trains_an_attached_model_as_it_does_pefts(tmp_path, tokenizer, checkpointing):
+    options = {"gradient_checkpointing": checkpointing}
+    one = losses(sft(peft_model(), tmp_path / "p", tokenizer, **options))
+    assert losses(sft(attached(tmp_path), tmp_path / "v", tokenizer, **options)) == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -186,3 +188,30 @@ def test_save_pretrained_of_an_attached_model_writes_its_adapters(tmp_path):
     veneer.detach(model)
     model.save_pretrained(tmp_path / "base")
     assert type(model).from_pretrained(tmp_path / "base").num_parameters() == model.num_parameters()
+
+
+def test_trainer_takes_an_adapted_quantised_base(tmp_path):
+    """transformers refuses to train a quantised model that it does not know to be adapted."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(hidden_size=64, intermediate_size=128, num_attention_heads=4).save_pretrained(tmp_path / "base")
+
+    def load():
+        quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        options = {"quantization_config": quantised, "device_map": "cpu", "dtype": torch.float32}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+
+    torch.manual_seed(2)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(load(), config)
+    theirs.save_pretrained(tmp_path / "initial")
+    one = trained(theirs, tmp_path / "p")
+    fast = peft.PeftModel.from_pretrained(load(), tmp_path / "initial", is_trainable=True)
+    veneer.accelerate(fast)
+    assert trained(fast, tmp_path / "f") == pytest.approx(one, rel=1e-4)
+    ours = load()
+    veneer.load_adapter(ours, tmp_path / "initial")
+    assert trained(ours, tmp_path / "v") == pytest.approx(one, rel=1e-4)
+    ours.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
