@@ -4,10 +4,11 @@
                                           [--device cpu] [--out benchmarks/results/accelerate.json]
     python benchmarks/bench_accelerate.py --model random-1b --device cuda --dtype bfloat16 --batch 8 --length 1024
 
-SmolLM2-135M-Instruct (or random weights of Llama 1B's shapes), rank 16, all linears, AdamW, random tokens. Three variants: PEFT as it is, PEFT with its cast of
-inputs switched off (`peft.helpers.disable_input_dtype_casting`; the same thing in float32), and accelerated. Each runs
-in processes of its own, in turn, `--rounds` times; a step's time is the median of all steps after the first of each
-process, and the memory is the highest of the process (CPU, loading included) or of the allocator (CUDA).
+SmolLM2-135M-Instruct (or random weights of Llama 1B's shapes), rank 16, all linears, AdamW, random tokens. Three
+variants: PEFT as it is, PEFT with its cast of inputs switched off (`peft.helpers.disable_input_dtype_casting`; the same
+thing in float32, and no DoRA), and accelerated. Each runs in processes of its own, in turn, `--rounds` times; a step's
+time is the median of all steps after the first of each process, and the memory is the highest of the process (CPU,
+loading included) or of the allocator (CUDA).
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def main() -> None:
     if args.variant:
         print(json.dumps(measure(args)))
         return
-    variants = [v for v in VARIANTS if v != "peft_no_cast" or args.dtype != "float32"]
+    variants = [v for v in VARIANTS if v != "peft_no_cast" or (args.dtype != "float32" and not args.dora)]
     runs = {variant: [] for variant in variants}
     for _ in range(args.rounds):
         for variant in variants:
