@@ -184,6 +184,21 @@ def test_a_configuration_with_or_without_a_model():
         assert sizes[0] == sizes[1]
 
 
+def test_initialisations_and_their_settings():
+    def converted(**options):
+        config = veneer.from_peft(peft.LoraConfig(target_modules=["q_proj"], **options))
+        return config.init, config.init_options.model_dump(exclude_defaults=True)
+
+    assert converted() == ("kaiming", {}) and converted(init_lora_weights="olora") == ("olora", {})
+    assert converted(init_lora_weights="pissa_niter_4") == ("pissa", {"pissa_iterations": 4})
+    eva = peft.EvaConfig(rho=3.0, whiten=True)
+    assert converted(init_lora_weights="eva", eva_config=eva) == ("eva", {"eva_rho": 3.0, "eva_whiten": True})
+    corda = peft.tuners.lora.config.CordaConfig(corda_method="kpm")
+    assert converted(init_lora_weights="corda", corda_config=corda) == ("corda", {"corda_method": "kpm"})
+    with pytest.raises(AdapterFormatError, match="eva_config's tau=0.5"):
+        converted(init_lora_weights="eva", eva_config=peft.EvaConfig(tau=0.5))
+
+
 @pytest.mark.parametrize(
     "options,words",
     [
@@ -213,6 +228,12 @@ def test_a_failed_conversion_leaves_peft_as_it_was():
     assert all(one is two for one, two in zip(modules, theirs.modules(), strict=True))
     assert torch.equal(theirs(input_ids=IDS).logits, before)
     assert [p.requires_grad for p in theirs.parameters()] == flags
+    own = tiny_llama()
+    own.add_adapter(config(task_type=None))
+    next(p for n, p in own.named_parameters() if "lora_A" in n).data.fill_(float("nan"))
+    with pytest.raises(AdapterFormatError, match="NaN"):
+        veneer.from_peft(own)
+    assert own.active_adapters() == ["default"] and "default" in own.peft_config
     theirs.delete_adapter("broken")
     theirs.merge_adapter()
     with pytest.raises(AdapterStateError, match="unmerge_adapter"):

@@ -11,7 +11,7 @@ from torch import nn
 
 from veneer.adapter import math
 from veneer.adapter.attach import BANK, attach, detach
-from veneer.config import AdapterConfig
+from veneer.config import AdapterConfig, InitOptions
 from veneer.errors import AdapterFormatError, AdapterStateError, VeneerError
 from veneer.formats.peft import put_on
 from veneer.formats.peft_config import CHANGES_BASE, INIT_NAMES, adapter_config, check_supported
@@ -28,6 +28,17 @@ NO_EFFECT = {
     *("lora_ga_config", "megatron_core", "qalora_group_size"),
 }
 """Fields that say nothing of what the adapter computes, or that Veneer is told in other ways (calibration data)."""
+INIT_SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "eva": ("eva_config", {"rho": "eva_rho", "use_label_mask": "eva_supervised_only", "whiten": "eva_whiten"}),
+    "corda": ("corda_config", {"corda_method": "corda_method"}),
+    "lora_ga": (
+        "lora_ga_config",
+        {"direction": "lora_ga_direction", "scale": "lora_ga_scale", "stable_gamma": "lora_ga_gamma"},
+    ),
+    "loftq": ("loftq_config", {}),
+}
+"""PEFT's initialisation → the field of its settings, and their names in `InitOptions`."""
+OF_FILES = {"cache_file", "covariance_file", "verbose", "prune_temporary_fields", "label_mask_value"}
 
 
 def from_peft(source: Any, model: nn.Module | None = None) -> nn.Module | AdapterConfig:
@@ -71,9 +82,7 @@ def _fields(config: Any) -> dict[str, Any]:
 def _config(source: Any, model: nn.Module | None) -> AdapterConfig:
     """The `AdapterConfig` for a new adapter."""
     fields = _fields(source)
-    init, targets, layers = fields["init_lora_weights"], fields["target_modules"], fields["layers_to_transform"]
-    if init is False:
-        raise AdapterFormatError("init_lora_weights=False (random factors) is a test's: use True")
+    targets, layers = fields["target_modules"], fields["layers_to_transform"]
     if targets is None and not (fields.get("target_parameters") or fields.get("trainable_token_indices")):
         fields["target_modules"] = _default_targets(model)
     elif targets in ("attention", "mlp"):
@@ -87,10 +96,29 @@ def _config(source: Any, model: nn.Module | None) -> AdapterConfig:
     try:
         config.layers = [layers] if isinstance(layers, int) else layers
         config.exclude_modules = sorted(exclude) if isinstance(exclude, (set, list)) else exclude
-        config.init = next((ours for ours, theirs in INIT_NAMES.items() if theirs == init), init)
+        config.init, config.init_options = _init(source)
     except VeneerError as error:
         raise AdapterFormatError(f"PEFT's configuration: {error}") from None
     return config
+
+
+def _init(source: Any) -> tuple[str, InitOptions]:
+    """How A and B start, with the settings of that initialisation."""
+    init = source.init_lora_weights
+    if init is False:
+        raise AdapterFormatError("init_lora_weights=False (random factors) is a test's: use True")
+    if str(init).startswith("pissa_niter_"):
+        return "pissa", InitOptions(pissa_iterations=int(init.removeprefix("pissa_niter_")))
+    options = InitOptions()
+    where, names = INIT_SETTINGS.get(init, (None, {}))
+    settings = getattr(source, where) if where else None
+    given = settings if isinstance(settings, dict) else vars(settings) if settings else {}
+    for key, value in given.items():
+        if key in names:
+            setattr(options, names[key], value)
+        elif key not in OF_FILES and (isinstance(settings, dict) or value != getattr(type(settings)(), key)):
+            raise AdapterFormatError(f"PEFT's configuration: {where}'s {key}={value!r} has no counterpart in Veneer")
+    return next((ours for ours, theirs in INIT_NAMES.items() if theirs == init), init), options
 
 
 def _default_targets(model: nn.Module | None) -> list[str]:
@@ -127,6 +155,7 @@ def _convert(source: nn.Module) -> nn.Module:
         active = []
     root = source.base_model.model if type(source).__module__.startswith("peft.") else source
     replaced = _unwrap(root)
+    marks = {key: root.__dict__.pop(key) for key in ("peft_config", "_hf_peft_config_loaded") if key in root.__dict__}
     loose = [p for path, p in root.named_parameters() if p.requires_grad and not path.endswith("bias")]
     try:
         for name, (fields, tensors, flags) in parts.items():
@@ -139,12 +168,10 @@ def _convert(source: nn.Module) -> nn.Module:
             detach(root)
         for parent, leaf, old in replaced:
             setattr(parent, leaf, old)
+        root.__dict__ |= marks
         raise
     for parameter in loose:
         parameter.requires_grad_(True)
-    for key in ("peft_config", "_hf_peft_config_loaded"):
-        root.__dict__.pop(key, None)
-    root._hf_peft_config_loaded = True
     return root
 
 
