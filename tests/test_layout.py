@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "adapter": COMMON | {"kernels"},
     "base": COMMON | {"kernels", "adapter"},
     "formats": COMMON | {"kernels", "adapter", "base"},
+    "interop": COMMON | {"kernels", "adapter", "base", "formats"},
     "data": COMMON | {"base"},
     "training": COMMON | {"kernels", "adapter", "base", "formats", "data"},
     "report": COMMON | {"formats", "data", "training"},

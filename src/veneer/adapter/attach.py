@@ -27,6 +27,7 @@ from veneer.adapter.layers import (
     plain,
 )
 from veneer.adapter.layers.embedding import adaptable
+from veneer.adapter.pretrained import claim
 from veneer.adapter.targets import Target, near_misses, output_head, plain_name, select
 from veneer.adapter.task import task_heads
 from veneer.adapter.vocabulary import add_tokens, rows_to_train
@@ -254,6 +255,7 @@ def _new_bank(model: nn.Module) -> Bank:
     bank.frozen = {path: p.requires_grad for path, p in model.named_parameters()}
     model.requires_grad_(False)
     model.__dict__[BANK] = bank  # not a submodule: it must not show in state_dict() or named_modules()
+    claim(bank)
     return bank
 
 
