@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MethodType
@@ -35,7 +36,8 @@ def claim(bank: Bank) -> None:
     model = bank.model
     if hasattr(model, "save_pretrained"):
         model.__dict__ |= {"save_pretrained": MethodType(save_pretrained, model), "_hf_peft_config_loaded": True}
-        bank.undo.append(lambda: [model.__dict__.pop(key) for key in ("save_pretrained", "_hf_peft_config_loaded")])
+        for key in ("save_pretrained", "_hf_peft_config_loaded"):
+            bank.undo.append(partial(delattr, model, key))
 
 
 def save_pretrained(
