@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import ref
 
 from torch import nn
@@ -52,6 +54,18 @@ class Bank:
         """The adapters that are merged into the base now, with their weights."""
         self._unmerged: dict[int, nn.Module] = {}
         self._originals: dict[str, nn.Module | nn.Parameter] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
+        """The bank of the copied model; a bank is copied with its model only."""
+        if id(self.model) not in memo:
+            raise AdapterStateError("a bank is part of its model: copy the model (copy.deepcopy(model))")
+        new = memo[id(self)] = Bank(memo[id(self.model)])
+        new.__dict__ |= {
+            k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_model", "_unmerged")
+        }
+        kept = [(layer, self._unmerged.get(id(old))) for layer, old in zip(new.wrappers, self.wrappers)]
+        new._unmerged = {id(layer): copy.deepcopy(module, memo) for layer, module in kept if module is not None}
+        return new
 
     @property
     def model(self) -> nn.Module:
