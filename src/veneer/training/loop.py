@@ -27,9 +27,10 @@ from veneer.files import write_text
 from veneer.formats.peft import read_tensors, save_adapter
 from veneer.training.adalora import AdaLora, phases
 from veneer.training.evaluate import heldout_loss
+from veneer.training.flat import FlatOptimizer
 from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
-from veneer.training.optim import correct_lora_fa, lr_factor, make_optimizer, set_lr, warmup_steps
+from veneer.training.optim import correct_lora_fa, lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
 from veneer.training.state import (
     Progress,
@@ -136,7 +137,7 @@ class Trainer:
         if (invocation := bank.entries["default"].config.invocation) is not None:
             self._check_invocation(setup, invocation)
         embeddings = [path for path, layer in bank.layers.items() if isinstance(layer.base_layer, torch.nn.Embedding)]
-        self.optimizer = make_optimizer(self.parameters, self.config.train, embeddings)
+        self.optimizer = FlatOptimizer(self.parameters, self.config.train, embeddings)
         self.trained = Trained(setup.model, self.parameters, self.optimizer, self.adalora)
         if self.config.train.checkpointing:
             setup.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -213,7 +214,7 @@ class Trainer:
         torch.manual_seed((self.config.seed * 1_000_003 + state.step) % 2**63)  # dropout follows from the step alone
         rows = self.rows.pack(examples, options.micro_batch_tokens, options.share_prefix)
         supervised = sum(len(row.targets) for row in rows)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss = 0.0
         for row in rows:
             if self._interrupted:
