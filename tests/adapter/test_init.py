@@ -14,11 +14,13 @@ from torch import nn
 
 from conftest import tiny_llama
 from veneer.adapter.attach import attach, attach_blank, detach
+from veneer.adapter.frozen import weight_of
 from veneer.adapter.init import DATA_DRIVEN, start
 from veneer.adapter.init.calibration import Covariance, collect_inputs, weight_gradients
 from veneer.adapter.init.eva import StreamedPCA, redistribute
 from veneer.adapter.init.spectral import corda, loftq, lora_ga, low_rank_svd, olora, pissa
 from veneer.adapter.targets import select
+from veneer.base.quant import quantise
 from veneer.config import AdapterConfig, TrainConfig
 from veneer.errors import ConfigError
 
@@ -251,14 +253,13 @@ def test_models_start_where_the_base_stands():
 
 
 def test_loftq_is_computed_from_the_weights_before_quantisation(decaying_llama):
-    """Here: rounded to 16ths and kept as whole numbers of the model's own scale."""
-    config, original = AdapterConfig(rank=4, alpha=6, init="loftq"), {}
-    for target in select(decaying_llama, AdapterConfig(rank=4)):
-        original[target.name] = target.module.weight * 64
-        target.module.weight = nn.Parameter(original[target.name].round().to(torch.int8), requires_grad=False)
+    """Here: in torchao's 8 bits."""
+    config = AdapterConfig(rank=4, alpha=6, init="loftq")
+    original = {target.name: target.module.weight for target in select(decaying_llama, AdapterConfig(rank=4))}
+    quantise(decaying_llama, "int8-torchao", torch.float32, "cpu")
     targets = select(decaying_llama, config)
     for target, one in zip(targets, start(decaying_llama, targets, config, float_weights=original.get), strict=True):
-        error = original[target.name] - target.module.weight.float()
+        error = original[target.name] - weight_of(target.module)
         left = torch.linalg.svdvals(error.double())[4:].square().sum().sqrt()
         assert not one.changes_base
         assert (error - 1.5 * one.lora_B @ one.lora_A).norm() == pytest.approx(float(left), rel=1e-3)
