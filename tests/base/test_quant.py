@@ -281,6 +281,16 @@ def test_a_run_on_a_quantised_base_learns_resumes_and_is_reopened_quantised(base
     assert open_adapter(tmp_path / "run", None, quant="none", **options).model.veneer_base.quant is None
 
 
+@pytest.mark.parametrize("adapter", [{"init": "loftq"}, {"init": "pissa"}, {"dora": True}], ids=str)
+def test_variants_train_on_a_quantised_base(base_dir, chat_file, tmp_path, adapter):
+    seen = []
+    config = run_config(base_dir, chat_file, tmp_path / "run", quant="nf4")
+    config.adapter = veneer.AdapterConfig(rank=4, **adapter)
+    veneer.train(config, observe=seen.append)
+    losses = [r["loss"] for r in seen if r["type"] == "train"]
+    assert losses[-1] < losses[0]
+
+
 @pytest.fixture
 def adapter_dir(base_dir, tmp_path):
     model, _ = load_base(base_dir, quant="nf4", device="cpu")
