@@ -27,6 +27,7 @@ from veneer.adapter.layers import (
     plain,
 )
 from veneer.adapter.layers.embedding import adaptable
+from veneer.adapter.pretrained import claim
 from veneer.adapter.targets import Target, near_misses, output_head, plain_name, select
 from veneer.adapter.task import task_heads
 from veneer.adapter.vocabulary import add_tokens, rows_to_train
@@ -81,6 +82,11 @@ def attach_blank(
 
 
 def _plan(model: nn.Module, config: AdapterConfig, name: str, tokenizer: Any) -> Plan:
+    if config.adalora is not None:
+        raise ConfigError(
+            "adalora is the training loop's: use veneer.train, or attach without it and drive "
+            "veneer.training.adalora.AdaLora in a loop of your own"
+        )
     check_free(model, name)
     config = with_token_ids(model, config, tokenizer)
     targets = select(model, config)
@@ -163,11 +169,14 @@ def install(plan: Plan, starts: list[Start], name: str) -> Bank:
     for target, begin in zip(plan.targets, starts, strict=True):
         layer = bank.layers.get(target.name) or _wrap(bank, target)
         where, computes_in = layer.place()
-        place = {"device": where, "dtype": computes_in if config.dtype == "base" else torch.float32, "copy": True}
+        dtype = computes_in if config.dtype == "base" else torch.float32
+        # Contiguous, as a resumed run's are: another order in memory would round its products otherwise.
+        place = {"device": where, "dtype": dtype, "copy": True, "memory_format": torch.contiguous_format}
         options = Options(config.rslora, config.dropout, config.dora, config.lora_bias, begin.changes_base)
         shapes = layer.factor_shapes(target.rank if begin.rank is None else begin.rank)
         lora_A, lora_B = (f.to(**place).reshape(shape) for f, shape in zip((begin.lora_A, begin.lora_B), shapes))
         layer.add(name, lora_A, lora_B, alpha=target.alpha if begin.alpha is None else begin.alpha, options=options)
+        layer.lora_A[name].requires_grad_(not config.lora_fa)
     if plan.tied:
         _tie_head(bank, plan.tied, name)
     for path, (module, indices) in plan.tokens.items():
@@ -246,6 +255,7 @@ def _new_bank(model: nn.Module) -> Bank:
     bank.frozen = {path: p.requires_grad for path, p in model.named_parameters()}
     model.requires_grad_(False)
     model.__dict__[BANK] = bank  # not a submodule: it must not show in state_dict() or named_modules()
+    claim(bank)
     return bank
 
 

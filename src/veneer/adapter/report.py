@@ -46,7 +46,7 @@ def count(bank: Bank, name: str) -> AttachReport:
     groups: dict[tuple, list[str]] = defaultdict(list)
     for path in bank.entries[name].targets:
         layer = bank.layers[path]
-        own = sum(p.numel() for p in layer.trained(name).values())
+        own = sum(p.numel() for p in layer.trained(name).values() if p.requires_grad)
         groups[path.rsplit(".", 1)[-1], layer.rank[name], layer.d_out, layer.d_in, own].append(path)
     targets = tuple(
         {
@@ -59,9 +59,10 @@ def count(bank: Bank, name: str) -> AttachReport:
         }
         for (leaf, rank, d_out, d_in, own), paths in groups.items()
     )
-    count = sum(p.numel() for p in trained.values())
+    count = sum(p.numel() for p in trained.values() if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in trained.values())
-    return AttachReport(count, total + count, size, len(bank.entries[name].targets), targets)
+    total += sum(p.numel() for p in trained.values())
+    return AttachReport(count, total, size, len(bank.entries[name].targets), targets)
 
 
 def _base_size(model: nn.Module, trained: set[int]) -> int:

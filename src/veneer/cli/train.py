@@ -21,6 +21,18 @@ FLAGS = {
     "rank": "adapter.rank",
     "alpha": "adapter.alpha",
     "targets": "adapter.target_modules",
+    "target_parameters": "adapter.target_parameters",
+    "rslora": "adapter.rslora",
+    "dora": "adapter.dora",
+    "lora_bias": "adapter.lora_bias",
+    "lora_fa": "adapter.lora_fa",
+    "lora_plus": "train.lora_plus_ratio",
+    "adalora": "adapter.adalora.target_rank",
+    "init": "adapter.init",
+    "invocation": "adapter.invocation",
+    "trainable_tokens": "adapter.trainable_tokens",
+    "new_tokens": "adapter.new_tokens",
+    "tied_head": "adapter.tied_head",
     "lr": "train.lr",
     "epochs": "train.epochs",
     "max_steps": "train.max_steps",
@@ -33,6 +45,8 @@ FLAGS = {
     "quant": "quant",
     "seed": "seed",
 }
+
+V = {"rich_help_panel": "Variants (docs/variants.md)"}
 
 
 def command(
@@ -49,6 +63,34 @@ def command(
     alpha: Annotated[float | None, typer.Option(help="Scaling numerator: s = alpha / rank.")] = None,
     targets: Annotated[
         str | None, typer.Option(help="all-linear, attention, mlp, names with commas, or a regular expression.")
+    ] = None,
+    target_parameters: Annotated[
+        list[str] | None, typer.Option(help="Fused parameters to adapt, e.g. experts.down_proj; may be repeated.", **V)
+    ] = None,
+    rslora: Annotated[bool | None, typer.Option("--rslora/--no-rslora", help="s = alpha / √rank.", **V)] = None,
+    dora: Annotated[bool | None, typer.Option("--dora/--no-dora", help="DoRA: train row norms apart.", **V)] = None,
+    lora_bias: Annotated[
+        bool | None, typer.Option("--lora-bias/--no-lora-bias", help="A trained bias after B.", **V)
+    ] = None,
+    lora_fa: Annotated[
+        bool | None, typer.Option("--lora-fa/--no-lora-fa", help="LoRA-FA: train B alone, in less memory.", **V)
+    ] = None,
+    lora_plus: Annotated[float | None, typer.Option(help="LoRA+: learning rate of B over A's.", **V)] = None,
+    adalora: Annotated[
+        int | None, typer.Option(help="AdaLoRA: mean rank at the end; training starts with --rank.", **V)
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="How A and B start: kaiming, gaussian, orthogonal, …", **V)] = None,
+    invocation: Annotated[
+        str | None, typer.Option(help="aLoRA: the text, or token ids with commas, from which on the adapter acts.", **V)
+    ] = None,
+    trainable_tokens: Annotated[
+        str | None, typer.Option(help="Token ids, with commas, whose embeddings are trained.", **V)
+    ] = None,
+    new_tokens: Annotated[
+        list[str] | None, typer.Option(help="A token to add to the vocabulary and train; may be repeated.", **V)
+    ] = None,
+    tied_head: Annotated[
+        str | None, typer.Option(help="An adapted embedding tied to the head: refuse, both or embedding.", **V)
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
@@ -106,6 +148,9 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
     for key in ("data", "heldout"):
         if key in flags and len(flags[key]) == 1:
             flags[key] = flags[key][0]
+    for key in ("invocation", "trainable_tokens"):
+        if key in flags and flags[key].replace(",", "").replace(" ", "").isdecimal():
+            flags[key] = [int(part) for part in flags[key].split(",") if part.strip()]
     targets = flags.get("targets")
     if targets and ("," in targets or targets.replace("_", "").isalnum() and targets not in ("attention", "mlp")):
         flags["targets"] = [part.strip() for part in targets.split(",")]
@@ -127,15 +172,11 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
 
 
 def _dry_run(trainer: Any, config: Any) -> None:
-    from veneer.training.setup import check_out
-
-    check_out(trainer.out)
-    setup = trainer.validate()
-    bank = setup.attach(config)
+    trainer.dry_run()
     options = config.train
     print(config.to_yaml())
-    err.print(str(bank.report()))
-    err.print(f"{setup.total_steps(options)} steps of {options.batch_size} examples; all is valid, nothing was trained")
+    total = trainer.setup.total_steps(options)
+    err.print(f"{total} steps of {options.batch_size} examples; all is valid, nothing was trained")
 
 
 class Display:

@@ -1,6 +1,7 @@
 """Quantised linear + LoRA as one autograd function: it keeps x and the packed weight, never a float copy of W.
 
-The weight is dequantised in the forward pass, dropped, and dequantised again in the backward pass.
+The weight is dequantised in the forward pass, dropped, and dequantised again in the backward pass. Where A is
+frozen x Aᵀ is kept in place of x, as in `lora.LoraLinear`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ class QuantisedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dequantise, bias, lora_A, lora_B, scaling):
-        ctx.save_for_backward(x, lora_A, lora_B)
+        y, low = lora.forward(x, dequantise(x.dtype), bias, lora_A, lora_B, scaling)
+        ctx.save_for_backward(*lora.kept(ctx.needs_input_grad, x, low), lora_A, lora_B)
         ctx.dequantise, ctx.scaling = dequantise, scaling
-        return lora.forward(x, dequantise(x.dtype), bias, lora_A, lora_B, scaling)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, lora_A, lora_B = ctx.saved_tensors
-        weight = ctx.dequantise(x.dtype) if ctx.needs_input_grad[0] else None
-        return lora.backward(ctx.needs_input_grad, grad, x, weight, lora_A, lora_B, ctx.scaling)
+        x, low, lora_A, lora_B = ctx.saved_tensors
+        weight = ctx.dequantise(grad.dtype) if ctx.needs_input_grad[0] else None
+        return lora.backward(ctx.needs_input_grad, grad, x, low, weight, lora_A, lora_B, ctx.scaling)
 
 
 def quantised_lora_linear(

@@ -67,7 +67,7 @@ class Setup:
 
     def attach(self, config: TrainConfig) -> Bank:
         """Put the run's adapter on the model, at its start."""
-        options = config.adapter
+        options = config.adapter.model_copy(update={"adalora": None})  # the loop's, over a plain adapter
         return attach(
             self.model,
             options,
