@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -141,12 +142,15 @@ def first_line(error: Exception) -> str:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
+    """`randomise_parameters` for everything in a model that is trained."""
+    randomise_parameters({key: p for key, p in model.named_parameters() if p.requires_grad}, seed)
+
+
+def randomise_parameters(parameters: dict[str, nn.Parameter], seed: int = 0) -> None:
     """Values that show up in every result: as after a long training, not the ΔW = 0 of the start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
+        for key, parameter in parameters.items():
             noise = torch.randn(parameter.shape, generator=generator)
             if "magnitude" in key:
                 parameter.mul_(1 + 0.2 * noise.abs())
@@ -154,6 +158,14 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(0.15 * noise)
             else:
                 parameter.add_(0.1 * noise)
+
+
+def nudge(parameters: Iterable[nn.Parameter]) -> None:
+    """A few training steps' worth of change."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
 def answer(model: nn.Module, batch: dict[str, Tensor], backward: bool = False) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,53 @@ def round_trip(architecture: Architecture, options: dict, folder: Path) -> float
     """PEFT → file → Veneer → file → PEFT: scores, loss, every gradient, both files, and the scores again."""
     theirs = compare.make_peft(architecture, options)
     compare.randomise(theirs)
-    return compare_trained(architecture, theirs, folder)
+    return max(compare_trained(architecture, theirs, folder), back_trip(architecture, options, folder))
+
+
+def back_trip(architecture: Architecture, options: dict, folder: Path) -> float:
+    """Attached by Veneer under the same options → file → PEFT: scores, loss, every gradient, and the config's fields."""
+    batch, base, errors = architecture.batch(), architecture.model(), Errors()
+    mine = attach(architecture, options)
+    compare.randomise_parameters(veneer.get_bank(mine).parameters("default"), seed=1)
+    scores, loss = compare.answer(mine, batch, backward=True)
+    veneer.save_adapter(mine, folder / "attached")
+    compare.compare_configs(folder / "attached", folder / "peft", base)
+    theirs = compare.load_in_peft(architecture, folder / "attached")
+    their_scores, their_loss = compare.answer(theirs, batch, backward=True)
+    errors.add("scores of Veneer's own adapter", scores, their_scores)
+    errors.add("loss of Veneer's own adapter", loss, their_loss)
+    slopes = [
+        grads(model, folder / "own", base)
+        for grads, model in ((compare.veneer_gradients, mine), (compare.peft_gradients, theirs))
+    ]
+    errors.add_all("gradient of Veneer's own adapter", *slopes)
+    return errors.largest
+
+
+NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "init_lora_weights": "init",
+    "trainable_token_indices": "trainable_tokens",
+    "alora_invocation_tokens": "invocation",
+}
+"""LoraConfig's keywords that AdapterConfig calls otherwise."""
+
+
+def attach(architecture: Architecture, options: dict) -> nn.Module:
+    """The base with a new adapter in Veneer, from LoraConfig's keywords; `Refused` where Veneer says no."""
+    model = architecture.model()
+    values = {"r": 4, "lora_alpha": 6, "target_modules": default_targets(architecture)} | options
+    try:
+        config = veneer.AdapterConfig(
+            tied_head="embedding", **{NAMES.get(key, key): value for key, value in values.items()}
+        )
+        veneer.attach(model, config, seed=1)
+    except VeneerError as error:
+        raise Refused(compare.first_line(error)) from None
+    return model
 
 
 def compare_trained(architecture: Architecture, theirs: nn.Module, folder: Path) -> float:
@@ -110,66 +156,52 @@ def settle(theirs: nn.Module, batch: dict, scores, my_scores) -> None:
 def started(architecture: Architecture, options: dict, folder: Path) -> float:
     """`round_trip`, and Veneer's own start under this name leaves the model's answers as they were."""
     batch, errors = architecture.batch(), Errors()
-    try:
-        model = architecture.model()
-        config = veneer.AdapterConfig(
-            rank=4, alpha=6, init=options["init_lora_weights"], target_modules=default_targets(architecture)
-        )
-        veneer.attach(model, config, seed=1)
-    except VeneerError as error:
-        raise Refused(compare.first_line(error)) from None
-    errors.add("scores at the start", compare.answer(model, batch)[0], compare.answer(architecture.model(), batch)[0])
+    started, plain = attach(architecture, options), architecture.model()
+    errors.add("scores at the start", compare.answer(started, batch)[0], compare.answer(plain, batch)[0])
     return max(errors.largest, round_trip(architecture, options, folder))
 
 
 def residual(architecture: Architecture, options: dict, folder: Path) -> float:
     """A start that moves the base: PEFT's converted file (rank 2r) in Veneer, then Veneer's own start back in PEFT."""
-    batch, base, errors = architecture.batch(), architecture.model(), Errors()
+    batch, base, errors, tolerance = architecture.batch(), architecture.model(), Errors(), 1e-4
     theirs = compare.make_peft(architecture, options)
-    with compare.quiet():
-        theirs.peft_config["default"].init_lora_weights = True
-        theirs.save_pretrained(folder / "start")
-        theirs.peft_config["default"].init_lora_weights = options["init_lora_weights"]
-        nudge(theirs)
-        theirs.save_pretrained(folder / "peft", path_initial_model_for_weight_conversion=str(folder / "start"))
-    scores, _ = compare.answer(theirs, batch)
-    mine = compare.load_in_veneer(architecture, folder / "peft")
-    errors.add("scores", compare.answer(mine, batch)[0], scores, tolerance=1e-4)
-    try:
-        mine = architecture.model()
-        config = veneer.AdapterConfig(
-            rank=4, alpha=6, init=options["init_lora_weights"], target_modules=default_targets(architecture)
-        )
-        bank = veneer.attach(mine, config, seed=1)
-    except VeneerError as error:
-        raise Refused(compare.first_line(error)) from None
-    errors.add("scores at the start", compare.answer(mine, batch)[0], compare.answer(base, batch)[0], tolerance=1e-4)
-    fresh = compare.make_peft(architecture, options)
+    fresh = copy.deepcopy(theirs)
+    mine = attach(architecture, options)
+    errors.add("scores at the start", compare.answer(mine, batch)[0], compare.answer(base, batch)[0], tolerance)
+    bank = veneer.get_bank(mine)
     for name, layer in bank.layers.items():
-        key = f"base_model.model.{name}"
-        product = fresh.get_submodule(key).get_delta_weight("default")
-        own = bank.layers[name].scaling["default"] * layer.lora_B["default"] @ layer.lora_A["default"]
-        errors.add(f"s·B·A of {name} at the start", own if own.shape == product.shape else own.t(), product, 1e-4)
-    nudge_parameters(bank.parameters("default").values())
+        product = fresh.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        own = layer.scaling["default"] * layer.lora_B["default"] @ layer.lora_A["default"]
+        errors.add(f"s·B·A of {name} at the start", own if own.shape == product.shape else own.t(), product, tolerance)
+    compare.nudge(bank.parameters("default").values())
     scores, _ = compare.answer(mine, batch)
     veneer.save_adapter(mine, folder / "veneer")
     again = compare.load_in_peft(architecture, folder / "veneer")
-    errors.add("scores back in PEFT", compare.answer(again, batch)[0], scores, tolerance=1e-4)
+    errors.add("scores back in PEFT", compare.answer(again, batch)[0], scores, tolerance)
+    scores = converted_by_peft(architecture, theirs, options, folder)
+    mine = compare.load_in_veneer(architecture, folder / "peft")
+    errors.add("scores", compare.answer(mine, batch)[0], scores, tolerance)
     return errors.largest
 
 
-def nudge(model: nn.Module) -> None:
-    nudge_parameters(p for p in model.parameters() if p.requires_grad)
+def converted_by_peft(architecture: Architecture, theirs: nn.Module, options: dict, folder: Path):
+    """Scores of PEFT's live adapter, saved as a plain one of rank 2r; `PeftIsWrong` where that loses something."""
+    from safetensors.torch import load_file
 
-
-def nudge_parameters(parameters) -> None:
-    """A few training steps' worth of change."""
-    import torch
-
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    try:
+        with compare.quiet():
+            theirs.peft_config["default"].init_lora_weights = True
+            theirs.save_pretrained(folder / "start")
+            theirs.peft_config["default"].init_lora_weights = options["init_lora_weights"]
+            compare.nudge(p for p in theirs.parameters() if p.requires_grad)
+            theirs.save_pretrained(folder / "peft", path_initial_model_for_weight_conversion=str(folder / "start"))
+    except RuntimeError as error:
+        raise PeftIsWrong(f"its conversion to a plain adapter crashes: {compare.first_line(error)}") from None
+    whole = {key for key in load_file(folder / "start" / "adapter_model.safetensors") if "lora_" not in key}
+    lost = whole - load_file(folder / "peft" / "adapter_model.safetensors").keys()
+    if lost:
+        raise PeftIsWrong("its conversion to a plain adapter loses modules_to_save (Veneer's own start passed)")
+    return compare.answer(theirs, architecture.batch())[0]
 
 
 def merging(architecture: Architecture, options: dict, folder: Path) -> float:
@@ -182,10 +214,11 @@ def merging(architecture: Architecture, options: dict, folder: Path) -> float:
     unmerged, _ = compare.answer(theirs, batch)
     mine = compare.load_in_veneer(architecture, folder / "peft")
     bank = veneer.get_bank(mine)
-    if not hasattr(bank, "merge"):
-        raise Refused("merging is not there yet")
     before = {key: value.clone() for key, value in architecture.model().state_dict().items()}
-    bank.merge()
+    try:
+        bank.merge()
+    except VeneerError as error:
+        raise Refused(compare.first_line(error)) from None
     errors.add("merged scores", compare.answer(mine, batch)[0], unmerged)
     bank.unmerge()
     veneer.detach(mine)

@@ -221,7 +221,7 @@ def test_two_adapters_may_both_train_biases(tmp_path):
         {"dilation": (1, 2)},
         {"padding": 1, "padding_mode": "circular"},
         {"padding": "same", "padding_mode": "reflect"},
-        {"stride": 2, "groups": 3},
+        {"stride": 2},
     ],
     ids=str,
 )
@@ -243,6 +243,97 @@ def test_a_convolution_adapter_is_a_change_of_the_kernel(options):
     assert relative(model(x).logits, expected) < 1e-5
     bank.merge()
     assert relative(model(x).logits, expected) < 1e-5
+
+
+# ---- weights that two modules share ----------------------------------------------------------------------------------
+
+TIED = ["Gemma 2", "GPT-2", "OPT", "BLOOM"]
+
+
+def reloaded(model, path):
+    """The model after saving and loading it as transformers does."""
+    model.save_pretrained(path)
+    return type(model).from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_2018_an_adapter_on_a_tied_head_leaves_the_embedding_alone(name, tmp_path):
+    """#2018: PEFT merges an adapter on lm_head into the tensor that the embedding shares, so the merged model answers
+    differently from the adapter. Veneer's merged head gets its own weight, and the model is saved as untied."""
+    architecture = ARCHITECTURE[name]
+    model = architecture.model()
+    embedding = model.get_input_embeddings().weight.clone()
+    attach(model, target_modules=["lm_head"])
+    live = logits(model, architecture)
+    veneer.merge(model)
+    assert relative(logits(model, architecture), live) < 1e-5
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+    assert relative(logits(reloaded(model, tmp_path / "merged"), architecture), live) < 1e-5
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_2777_an_adapter_on_a_tied_embedding_is_a_choice(name):
+    """#2777, #2018: PEFT adapts the input use of a tied embedding only and says nothing. Veneer asks."""
+    architecture = ARCHITECTURE[name]
+    with pytest.raises(TargetError, match="tied_head: both"):
+        attach(architecture.model(), target_modules=[architecture.embedding])
+
+
+@pytest.mark.parametrize("choice", ["both", "embedding"])
+@pytest.mark.parametrize("name", TIED)
+def test_2777_merged_and_saved_a_tied_model_keeps_its_adapter(name, choice, tmp_path):
+    """#2777: PEFT merges into the shared tensor but for one use only, keeps tie_word_embeddings = True, and the saved
+    model answers nonsense. Veneer's merged model answers as the adapter did, before and after saving."""
+    architecture = ARCHITECTURE[name]
+    model = architecture.model()
+    base = logits(model, architecture)
+    bank = attach(model, target_modules=[architecture.embedding], tied_head=choice)
+    live = logits(model, architecture)
+    assert relative(live, base) > 1e-3
+    # The definition: the embedding is E + ΔE, and the head shares it or keeps E.
+    twin = architecture.model()
+    embedding = twin.get_input_embeddings()
+    changed = embedding.weight.detach() + next(iter(bank.layers.values())).delta("default")
+    head = embedding.weight.detach().clone() if choice == "embedding" else changed
+    embedding.weight = nn.Parameter(changed)
+    twin.get_output_embeddings().weight = nn.Parameter(head)
+    assert relative(live, logits(twin, architecture)) < 1e-5
+    veneer.merge(model)
+    assert relative(logits(model, architecture), live) < 1e-5
+    assert model.config.tie_word_embeddings == (choice == "both")
+    assert relative(logits(reloaded(model, tmp_path / "merged"), architecture), live) < 1e-5
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_2777_whole_tied_modules_survive_merging_and_saving(name, tmp_path):
+    """#2777: with both tied modules in modules_to_save, PEFT trains two copies, leaves tie_word_embeddings = True, and
+    loading the merged model drops one of the two."""
+    architecture = ARCHITECTURE[name]
+    with pytest.raises(TargetError, match="tied"):
+        attach(architecture.model(), target_modules="all-linear", modules_to_save=[architecture.embedding])
+    model = architecture.model()
+    attach(model, target_modules="all-linear", modules_to_save=[architecture.embedding, "lm_head"])
+    live = logits(model, architecture)
+    path = veneer.save_adapter(model, tmp_path / "adapter")
+    again = architecture.model()
+    veneer.load_adapter(again, path)
+    assert torch.equal(logits(again, architecture), live)
+    veneer.merge(model)
+    assert relative(logits(model, architecture), live) < 1e-5
+    assert relative(logits(reloaded(model, tmp_path / "merged"), architecture), live) < 1e-5
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_2018_trained_tokens_act_in_a_tied_head_too(name, tmp_path):
+    """PEFT ties the rows; Veneer too, and merged and saved the model answers the same."""
+    architecture = ARCHITECTURE[name]
+    model = architecture.model()
+    attach(model, target_modules="all-linear", trainable_tokens=[9, 5])
+    live = logits(model, architecture)
+    veneer.merge(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert relative(logits(model, architecture), live) < 1e-5
+    assert relative(logits(reloaded(model, tmp_path / "merged"), architecture), live) < 1e-5
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -118,6 +118,6 @@ TOYS = [
     _toy(
         "MultiheadAttention, sequence first", lambda: Attentive(batch_first=False), _floats(5, 12), "mha", keep="lin0"
     ),
-    _toy("MultiheadAttention and its out_proj", Attentive, _floats(5, 12), "mha", "out_proj", "lin0", keep=None),
+    _toy("MultiheadAttention and linear", Attentive, _floats(5, 12), "mha", "lin0", keep=None),
 ]
 TOY = {toy.name: toy for toy in TOYS}
