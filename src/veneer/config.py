@@ -45,7 +45,8 @@ class AdapterConfig(Section):
     """Rank-stabilised scaling alpha/√rank (Kalajdzievski 2023, arXiv:2312.03732); worth it from rank 64 up."""
     target_modules: str | list[str] = "all-linear"
     """"all-linear" (every linear but the output head), "attention", "mlp", a list of names or name endings, or one
-    regular expression that must match the whole module name."""
+    regular expression that must match the whole module name. Linears, Conv1D, convolutions, embeddings and
+    MultiheadAttention modules can be adapted. An empty list adapts no module: see `target_parameters`."""
     exclude_modules: str | list[str] | None = None
     """Names, endings or one regular expression of modules to leave alone."""
     layers: list[int] | None = None
@@ -59,18 +60,47 @@ class AdapterConfig(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases of the base are trained too: none, all, or those of the adapted modules."""
     modules_to_save: list[str] = Field(default_factory=list)
-    """Modules trained in full and saved with the adapter, by name or name ending."""
+    """Modules trained in full and saved with the adapter, by name or name ending. The new head of a classifier is added
+    to them when an adapter is attached."""
+    dora: bool = False
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): the norm of each row of W + ΔW is trained apart from its direction."""
+    lora_bias: bool = False
+    """A trained bias after B: ΔW x + s·b."""
+    target_parameters: list[str] = Field(default_factory=list)
+    """Parameters adapted besides the modules, by name or name ending, such as the fused experts of a mixture:
+    [experts.gate_up_proj, experts.down_proj]."""
+    tied_head: Literal["refuse", "both", "embedding"] = "refuse"
+    """When an adapted embedding shares its weight with the output head: let both uses see the adapter, or the embedding
+    alone (PEFT's default), or refuse, so that it is a choice."""
+    trainable_tokens: list[int] | dict[str, list[int]] | None = None
+    """Token ids whose embedding rows are trained in full (a list: in the input embedding and a head tied to it; a
+    mapping: by module name)."""
+    invocation: list[int] | None = Field(None, min_length=1)
+    """Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397): the adapter acts only from the last occurrence of these
+    token ids on, so that what comes before may be shared with the base's cache."""
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     """How A and B start; each leaves ΔW = 0."""
     dtype: Literal["float32", "base"] = "float32"
     """Storage of the adapter's weights; arithmetic is in the base's compute dtype either way."""
 
-    @field_validator("target_modules", "exclude_modules")
+    @field_validator("exclude_modules")
     @classmethod
     def _not_empty(cls, value: Any) -> Any:
         if value is not None and not value:
             raise ValueError("must not be empty")
         return value
+
+    @model_validator(mode="after")
+    def _adapts_something(self) -> AdapterConfig:
+        if not (self.target_modules or self.target_parameters or self.trainable_tokens):
+            raise ValueError("target_modules is empty, and so are target_parameters and trainable_tokens")
+        if self.target_parameters and (self.dora or self.lora_bias or self.dropout or self.invocation):
+            raise ValueError(
+                "target_parameters go without dora, lora_bias, dropout and invocation: drop one of the two"
+            )
+        if self.invocation and self.dora:
+            raise ValueError("invocation (aLoRA) is not defined with dora: drop one of the two")
+        return self
 
     @field_validator("rank_pattern")
     @classmethod

@@ -103,7 +103,8 @@ def test_layers_exclude_and_patterns(llama):
     [
         ({"target_modules": ["q_prj"]}, "q_prj.*near misses: q_proj"),
         ({"target_modules": "q_proj"}, r'write a list: \["q_proj"\]'),
-        ({"target_modules": ["embed_tokens"]}, "Embedding, which cannot be adapted"),
+        ({"target_modules": ["embed_tokens"]}, "shares its weight with the output head.*tied_head: both"),
+        ({"target_modules": ["input_layernorm"]}, "a LlamaRMSNorm, which cannot be adapted"),
         ({"target_modules": "(("}, "not a regular expression"),
         ({"exclude_modules": ["nothing"]}, "excludes nothing"),
         ({"layers": [7]}, r"layers \[7\].*0 to 1"),

@@ -150,7 +150,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     "edit,words",
     [
-        (lambda t: t.pop(KEY), "q_proj has lora_B but not its partner"),
+        (lambda t: t.pop(KEY), "q_proj lacks lora_A"),
         (lambda t: (t.pop(KEY), t.pop(KEY.replace("_A", "_B"))), "missing for 1 modules.*q_proj"),
         (lambda t: t.update({KEY: torch.zeros(3, 36)}), r"lora_A is \(3, 36\), not \(4, 36\)"),
         (lambda t: t.update({KEY: torch.full((4, 36), float("nan"))}), "NaN"),
@@ -159,7 +159,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
                                 for f, s in (("A", (4, 36)), ("B", (12, 4)))}),
             "config leaves out.*k_proj",
         ),
-        (lambda t: t.update({f"base_model.model.other.lora_{x}.weight": torch.zeros(1) for x in "AB"}), "not linear layers"),
+        (lambda t: t.update({f"base_model.model.other.lora_{x}.weight": torch.zeros(1) for x in "AB"}), "none that can be adapted"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(1)}), "no place in this model.*lm_head"),
         (lambda t: t.clear(), "holds no lora_A/lora_B pair"),
     ],
@@ -190,7 +190,7 @@ def test_damaged_files_are_refused(saved, tmp_path):
         veneer.load_adapter(model, saved)
 
 
-@pytest.mark.parametrize("field", ["use_dora", "lora_bias", "target_parameters"])
+@pytest.mark.parametrize("field", ["use_qalora", "layer_replication", "kasa_config"])
 def test_kinds_that_veneer_cannot_hold_are_refused_by_name(saved, field):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps(config | {field: ["x"]}))

@@ -1,17 +1,31 @@
-"""attach, detach: the only code that changes a model."""
+"""attach, detach, merge: the only code that changes a model."""
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from veneer.adapter.bank import Bank, Entry
-from veneer.adapter.init import INITIALISATIONS
-from veneer.adapter.layers import AdaptedLinear
-from veneer.adapter.targets import Target, near_misses, select
+from veneer.adapter.bank import Bank, Entry, plain
+from veneer.adapter.init import Start, start
+from veneer.adapter.invocation import watch_invocation
+from veneer.adapter.layers import (
+    KINDS,
+    AdaptedModule,
+    AdaptedParameters,
+    Options,
+    TiedHead,
+    TrainedTokens,
+    TrainedTokensHead,
+    container_for,
+)
+from veneer.adapter.layers.embedding import adaptable
+from veneer.adapter.targets import Target, near_misses, output_head, plain_name, select
+from veneer.adapter.task import task_heads
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError, TargetError
 
@@ -27,37 +41,95 @@ def get_bank(model: nn.Module) -> Bank:
 
 
 def attach(
-    model: nn.Module, config: AdapterConfig | None = None, *, name: str = "default", seed: int | None = None
+    model: nn.Module,
+    config: AdapterConfig | None = None,
+    *,
+    name: str = "default",
+    seed: int | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> Bank:
     """Put a new adapter on `model`, in place, freeze everything else, activate it and return the model's bank.
 
-    Works on any module tree with linears. A second call adds a further adapter under another name. `seed` makes the
-    factors reproducible (absent: torch's global generator). The layers are found and checked before anything changes.
-    Raises `TargetError` (a target matches nothing, cannot be adapted or is too small for the rank) and
-    `AdapterStateError` (name taken, or the model carries another library's adapter).
+    Works on any module tree. A second call adds a further adapter under another name. `seed` makes the factors
+    reproducible (absent: torch's global generator). `calibration` holds keyword arguments of a few model calls, for the
+    initialisations that look at data. The layers are found and checked before anything changes. Raises `TargetError` (a
+    target matches nothing, cannot be adapted or is too small for the rank), `ConfigError` (an initialisation that does
+    not fit) and `AdapterStateError` (name taken, or the model carries another library's adapter).
     """
     config = config or AdapterConfig()
     check_free(model, name)
     targets = select(model, config)
-    return install(model, config, targets, _factors(targets, config, seed), name)
+    config = with_task_heads(model, config, targets)
+    plan = Plan(model, config, targets)
+    return install(plan, start(model, targets, config, seed=seed, calibration=calibration), name)
 
 
-def install(
-    model: nn.Module, config: AdapterConfig, targets: list[Target], factors: list[tuple[Tensor, Tensor]], name: str
-) -> Bank:
-    """`attach` with the targets already chosen and their factors (lora_A, lora_B) given."""
+def with_task_heads(model: nn.Module, config: AdapterConfig, targets: list[Target]) -> AdapterConfig:
+    """The configuration with a classifier's new head among modules_to_save, unless it is adapted or named there."""
+    heads = [
+        head
+        for head in task_heads(model)
+        if head not in config.modules_to_save
+        and not any(t.name == head or t.name.startswith(f"{head}.") for t in targets)
+    ]
+    return config.model_copy(update={"modules_to_save": [*config.modules_to_save, *heads]}) if heads else config
+
+
+class Plan:
+    """What an adapter will change in a model, found and checked before anything changes.
+
+    Raises `TargetError` as `attach` does.
+    """
+
+    def __init__(self, model: nn.Module, config: AdapterConfig, targets: list[Target]) -> None:
+        self.model, self.config, self.targets = model, config, targets
+        self.tied = self._tied_embedding()
+        self.tokens = trained_tokens(model, config, targets)
+        self.modules = _modules_to_save(model, config, targets)
+        self.biases = _biases(model, config, [target.name for target in targets])
+
+    def _tied_embedding(self) -> str | None:
+        """The adapted embedding whose weight the output head shares, if the head is to see the adapter."""
+        head = output_head(self.model)
+        for target in self.targets:
+            if target.kind == "embedding" and head is not None and plain(head).weight is target.module.weight:
+                if self.config.tied_head == "refuse":
+                    raise TargetError(
+                        f"{target.name} shares its weight with the output head (tied): choose tied_head: both (the head "
+                        f"sees the adapter too) or tied_head: embedding (it does not, as in PEFT)"
+                    )
+                if self.config.tied_head == "both":
+                    if self.config.dora:
+                        raise TargetError("tied_head: both is not defined with dora: use tied_head: embedding")
+                    return target.name
+        return None
+
+
+def install(plan: Plan, starts: list[Start], name: str) -> Bank:
+    """`attach` with the plan made and the factors given."""
+    model, config = plan.model, plan.config
     check_free(model, name)
-    kept = _modules_to_save(model, config, targets)
-    biases = _biases(model, config, [target.name for target in targets])
     bank = model.__dict__.get(BANK) or _new_bank(model)
-    for target, (lora_A, lora_B) in zip(targets, factors, strict=True):
-        layer = bank.layers.get(target.name) or _wrap(model, bank, target)
-        dtype = target.module.weight.dtype if config.dtype == "base" else torch.float32
-        place = {"device": target.module.weight.device, "dtype": dtype, "copy": True}
-        lora_A, lora_B = (t.to(**place) for t in (lora_A, lora_B))
-        layer.add(name, lora_A, lora_B, alpha=target.alpha, rslora=config.rslora, dropout=config.dropout)
-    modules = {path: copy.deepcopy(module).requires_grad_(True) for path, module in kept.items()}
-    bank.entries[name] = Entry(config, [target.name for target in targets], modules, biases)
+    if bank.merged is not None:
+        raise AdapterStateError("adapters are merged into the base: unmerge() first")
+    for target, begin in zip(plan.targets, starts, strict=True):
+        layer = bank.layers.get(target.name) or _wrap(bank, target)
+        frozen = layer.weight
+        dtype = frozen.dtype if config.dtype == "base" and frozen.is_floating_point() else torch.float32
+        place = {"device": frozen.device, "dtype": dtype, "copy": True}
+        options = Options(config.rslora, config.dropout, config.dora, config.lora_bias, begin.changes_base)
+        shapes = layer.factor_shapes(target.rank if begin.rank is None else begin.rank)
+        lora_A, lora_B = (f.to(**place).reshape(shape) for f, shape in zip((begin.lora_A, begin.lora_B), shapes))
+        layer.add(name, lora_A, lora_B, alpha=target.alpha if begin.alpha is None else begin.alpha, options=options)
+    if plan.tied:
+        _tie_head(bank, plan.tied, name)
+    for path, (module, indices) in plan.tokens.items():
+        _train_tokens(bank, path, module).add_rows(name, indices, None, torch.float32)
+    modules = {path: copy.deepcopy(module).requires_grad_(True) for path, module in plan.modules.items()}
+    targets = [target.name for target in plan.targets]
+    bank.entries[name] = Entry(config, targets, list(plan.tokens), modules, plan.biases)
+    if config.invocation:
+        bank.entries[name].undo.append(watch_invocation(bank, name, config.invocation))
     bank.activate(name)
     return bank
 
@@ -65,15 +137,45 @@ def install(
 def detach(model: nn.Module) -> nn.Module:
     """Take every adapter off: the base's own modules return, untouched, with the requires_grad they had."""
     bank = get_bank(model)
+    if bank.merged is not None:
+        bank.unmerge()
     bank.activate(None)
-    base = {id(layer): layer.base_layer for layer in bank.layers.values()}
-    for parent, leaf, child in _spots(model):
-        if id(child) in base:
-            setattr(parent, leaf, base[id(child)])
+    _unwrap(bank)
     for path, trained in bank.frozen.items():
         model.get_parameter(path).requires_grad_(trained)
-    del model.__dict__[BANK]
     return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Merge the active adapters into the weights for good and take the bank off; the model is the base's kind again.
+
+    Raises `AdapterStateError` where `Bank.merge` does. A head whose weight was shared with an embedding and is not any
+    more (only one of the two was adapted) is untied in the model's config too.
+    """
+    bank = get_bank(model)
+    bank.merge()
+    bank.routing.stack, bank._originals = {}, {}  # whole modules and biases that are swapped in stay
+    _unwrap(bank)
+    head, embedding = output_head(model), getattr(model, "get_input_embeddings", lambda: None)()
+    config = getattr(model, "config", None)
+    if head is not None and embedding is not None and getattr(config, "tie_word_embeddings", False):
+        if head.weight is not embedding.weight:
+            if torch.equal(head.weight, embedding.weight):
+                head.weight = embedding.weight
+            else:
+                for part in (config, config.get_text_config()):
+                    part.tie_word_embeddings = False
+    return model
+
+
+def _unwrap(bank: Bank) -> None:
+    mine = {id(layer) for layer in bank.wrappers}
+    for parent, leaf, child in _spots(bank.model):
+        if id(child) in mine and not isinstance(parent, AdaptedModule):
+            setattr(parent, leaf, plain(child))
+    for undo in (*bank.undo, *(u for entry in bank.entries.values() for u in entry.undo)):
+        undo()
+    del bank.model.__dict__[BANK]
 
 
 def check_free(model: nn.Module, name: str) -> None:
@@ -88,7 +190,7 @@ def check_free(model: nn.Module, name: str) -> None:
             raise AdapterStateError(
                 f"{path or 'the model'} is a PEFT {type(module).__name__}: unload PEFT's adapter first"
             )
-        if isinstance(module, AdaptedLinear) and bank is None:
+        if isinstance(module, AdaptedModule) and bank is None:
             raise AdapterStateError(f"{path} is already adapted, as part of another model: attach to that one")
 
 
@@ -100,29 +202,95 @@ def _new_bank(model: nn.Module) -> Bank:
     return bank
 
 
-def _factors(targets: list[Target], config: AdapterConfig, seed: int | None) -> list[tuple]:
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    initialise = INITIALISATIONS[config.init]
-    return [initialise(t.rank, t.module.in_features, t.module.out_features, generator) for t in targets]
-
-
 def _spots(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Every place in the tree that holds a module; a shared module stands at several."""
     return [(parent, leaf, child) for parent in model.modules() for leaf, child in list(parent._modules.items())]
 
 
-def _wrap(model: nn.Module, bank: Bank, target: Target) -> AdaptedLinear:
-    layer = AdaptedLinear.from_base(target.module, bank.routing)
-    layer.train(target.module.training)
-    for parent, leaf, child in _spots(model):
-        if child is target.module and parent is not layer:
-            setattr(parent, leaf, layer)
+def _wrap(bank: Bank, target: Target) -> AdaptedModule:
+    if target.kind != "parameter":
+        layer = _replace(bank, target.module, KINDS[target.kind].from_base(target.module, bank.routing))
+    else:
+        here = [w for w in bank.wrappers if isinstance(w, AdaptedParameters) and w.base_layer is target.module]
+        make = container_for(target.module)
+        container = here[0] if here else _replace(bank, target.module, make(target.module, bank.routing))
+        layer = container.part(target.parameter)
     bank.layers[target.name] = layer
     return layer
 
 
+def _replace(bank: Bank, module: nn.Module, layer: AdaptedModule) -> AdaptedModule:
+    """Put a layer everywhere that a module of the base stands."""
+    layer.train(module.training)
+    for parent, leaf, child in _spots(bank.model):
+        if child is module and parent is not layer:
+            setattr(parent, leaf, layer)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                _slow_path(bank, parent)
+    bank.wrappers.append(layer)
+    return layer
+
+
+def _slow_path(bank: Bank, block: nn.TransformerEncoderLayer) -> None:
+    """Keep torch's block from its inference shortcut, which reads the weights past our layers."""
+    before = block.activation_relu_or_gelu
+    block.activation_relu_or_gelu = 0
+    bank.undo.append(lambda: setattr(block, "activation_relu_or_gelu", before))
+
+
+def _tie_head(bank: Bank, path: str, name: str) -> None:
+    source, head = bank.layers[path], output_head(bank.model)
+    if not isinstance(head, TiedHead):
+        head = _replace(bank, head, TiedHead(head, source))
+    head.names.add(name)
+
+
+def _train_tokens(bank: Bank, path: str, module: nn.Embedding) -> TrainedTokens:
+    if path in bank.tokens:
+        return bank.tokens[path]
+    head = output_head(bank.model)
+    layer = bank.tokens[path] = _replace(bank, module, TrainedTokens(module, bank.routing))
+    if head is not None and plain(head).weight is module.weight:
+        _replace(bank, head, TrainedTokensHead(head, layer))
+    return layer
+
+
+def trained_tokens(
+    model: nn.Module, config: AdapterConfig, targets: list[Target]
+) -> dict[str, tuple[nn.Embedding, list[int]]]:
+    """Embedding name → (module, token ids) of config.trainable_tokens. Raises `TargetError`."""
+    wanted = config.trainable_tokens
+    if not wanted:
+        return {}
+    modules = {plain_name(path): m for path, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    if not isinstance(wanted, dict):
+        embedding = plain(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
+        names = [path for path, m in modules.items() if m is embedding]
+        if not names:
+            raise TargetError("the model does not say which its input embedding is: name it, {module: [ids]}")
+        wanted = {names[0]: wanted}
+    found = {}
+    for entry, indices in wanted.items():
+        paths = [p for p in modules if p == entry or p.endswith("." + entry)]
+        if not paths:
+            raise TargetError(f"trainable_tokens {entry!r} is no embedding; {near_misses(entry, modules)}")
+        for path in paths:
+            reason = adaptable(modules[path])
+            beyond = [i for i in indices if not 0 <= i < modules[path].num_embeddings]
+            if beyond:
+                reason = f"token id {beyond[0]} is beyond its {modules[path].num_embeddings} rows (resize it first)"
+            if any(target.name == path for target in targets):
+                reason = "it is in target_modules too: choose one of the two"
+            if len(set(indices)) != len(indices):
+                reason = "a token id is given twice"
+            if reason:
+                raise TargetError(f"trainable_tokens: {path}: {reason}")
+            found[path] = (modules[path], list(indices))
+    return found
+
+
 def _modules_to_save(model: nn.Module, config: AdapterConfig, targets: list[Target]) -> dict[str, nn.Module]:
-    modules = {path.removesuffix(".base_layer"): m for path, m in model.named_modules() if path}
+    modules = {plain_name(path): plain(m) for path, m in model.named_modules() if path and ".lora_" not in path}
     kept = {}
     for entry in config.modules_to_save:
         found = {p: m for p, m in modules.items() if p == entry or p.endswith("." + entry)}
@@ -151,9 +319,9 @@ def _biases(model: nn.Module, config: AdapterConfig, targets: list[str]) -> dict
         return {}
     chosen = {}
     for path, parameter in model.named_parameters():
-        path = path.replace(".base_layer", "")
+        path = plain_name(path)
         parent, _, leaf = path.rpartition(".")
-        if leaf == "bias" and (config.bias == "all" or parent in targets):
+        if leaf == "bias" and parent in targets or config.bias == "all" and "bias" in leaf and "lora_" not in path:
             chosen[path] = nn.Parameter(parameter.detach().clone())
     if not chosen:
         where = "the model has" if config.bias == "all" else "the adapted modules have"

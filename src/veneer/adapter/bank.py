@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import ref
 
 from torch import nn
 
-from veneer.adapter.layers import AdaptedLinear, Routing
+from veneer.adapter.layers import AdaptedModule, Routing, TrainedTokens
 from veneer.adapter.report import AttachReport, count
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError
@@ -19,13 +19,16 @@ from veneer.errors import AdapterStateError
 class Entry:
     """One adapter: its configuration, and what it swaps in whole while it is active.
 
-    `modules` maps module name → trained copy (modules_to_save); `biases` maps parameter name → trained copy.
+    `targets` names the layers that hold its factors and `tokens` the embeddings with trained rows; `modules` maps
+    module name → trained copy (modules_to_save); `biases` maps parameter name → trained copy.
     """
 
     config: AdapterConfig
     targets: list[str]
+    tokens: list[str] = field(default_factory=list)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     biases: dict[str, nn.Parameter] = field(default_factory=dict)
+    undo: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Bank:
@@ -35,9 +38,19 @@ class Bank:
         self._model = ref(model)
         self.routing = Routing()
         self.entries: dict[str, Entry] = {}
-        self.layers: dict[str, AdaptedLinear] = {}
+        self.layers: dict[str, AdaptedModule] = {}
+        """Target name → the layer that holds factors for it."""
+        self.tokens: dict[str, TrainedTokens] = {}
+        """Embedding name → its trained rows."""
+        self.wrappers: list[AdaptedModule] = []
+        """What stands in the model in place of a module of the base."""
         self.frozen: dict[str, bool] = {}
         self.fingerprint: dict | None = None
+        self.undo: list[Callable[[], None]] = []
+        """What `detach` must undo besides."""
+        self.merged: dict[str, float] | None = None
+        """The adapters that are merged into the base now, with their weights."""
+        self._unmerged: dict[int, nn.Module] = {}
         self._originals: dict[str, nn.Module | nn.Parameter] = {}
 
     @property
@@ -66,6 +79,8 @@ class Bank:
 
         Adapters that bring whole modules or biases cannot be stacked or weighted: `AdapterStateError`.
         """
+        if self.merged is not None:
+            raise AdapterStateError(f"{', '.join(self.merged) or 'nothing'} is merged into the base: unmerge() first")
         stack = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
         swaps = [name for name in stack if self.check(name).modules or self.entries[name].biases]
         if swaps and (len(stack) > 1 or stack[swaps[0]] != 1.0):
@@ -97,29 +112,72 @@ class Bank:
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:
+        merged, ready = self.merged, [(layer, layer.base_layer) for layer in self.wrappers]
+        if merged is not None:
+            self.unmerge()
         stack, rows = dict(self.routing.stack), self.routing.rows
         try:
             yield
         finally:
             self.activate(stack)
             self.routing.rows = rows
+            if merged is not None:
+                self._put_in(ready)
+                self.merged = merged
+
+    def merge(self) -> None:
+        """Put the active adapters' sum into the base's weights: W + Σ w_n ΔW_n, added in float32 and rounded once.
+
+        The base's own modules are kept aside, so `unmerge` restores every bit; until then the model holds both. Merging
+        what is merged already changes nothing. Raises `AdapterStateError` for a quantised base, an activated adapter
+        (aLoRA), a grouped convolution, or while rows are routed.
+        """
+        if self.merged is not None:
+            return
+        if self.routing.rows is not None:
+            raise AdapterStateError("rows are routed to different adapters: a merge has one sum for all")
+        acting = dict(self.routing.stack)
+        self._put_in([(layer, layer.merged(acting)) for layer in self.wrappers])
+        self.merged = acting
+
+    def _put_in(self, ready: list[tuple[AdaptedModule, nn.Module]]) -> None:
+        self._unmerged = {id(layer): layer.base_layer for layer, _ in ready}
+        for layer, module in ready:
+            layer.base_layer = module
+        self.routing.stack = {}
+
+    def unmerge(self) -> None:
+        """Put the base's own modules back, bit for bit, and let the adapters act beside them again."""
+        if self.merged is None:
+            raise AdapterStateError("nothing is merged")
+        for layer in self.wrappers:
+            layer.base_layer = self._unmerged[id(layer)]
+        self.routing.stack, self.merged = self.merged, None
+        self._unmerged.clear()
 
     def remove(self, name: str) -> None:
         """Drop an adapter and free its memory; a layer without adapters keeps its place until `detach`."""
         self.check(name)
+        if self.merged is not None:
+            raise AdapterStateError("adapters are merged into the base: unmerge() first")
         if name in self.routing.stack:
             self.activate({n: w for n, w in self.routing.stack.items() if n != name})
-        for layer in self.layers.values():
-            if name in layer.lora_A:
-                layer.remove(name)
-        del self.entries[name]
+        for layer in self.wrappers:
+            layer.remove(name)
+        for undo in self.entries.pop(name).undo:
+            undo()
+        self.routing.tokens.pop(name, None)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        """An adapter's trained parameters under stable names: <module>.lora_A, <module>.lora_B, <module>.<own name>."""
+        """An adapter's trained parameters under stable names: <module>.lora_A, <module>.lora_B, <module>.<own name>.
+
+        Besides, where the configuration asks for them: <module>.lora_magnitude_vector, <module>.lora_bias,
+        <embedding>.trainable_tokens.
+        """
         entry, found = self.check(name), {}
-        for path in entry.targets:
-            found[f"{path}.lora_A"] = self.layers[path].lora_A[name]
-            found[f"{path}.lora_B"] = self.layers[path].lora_B[name]
+        for layers, paths in ((self.layers, entry.targets), (self.tokens, entry.tokens)):
+            for path in paths:
+                found |= {f"{path}.{leaf}": parameter for leaf, parameter in layers[path].trained(name).items()}
         for path, module in entry.modules.items():
             found |= {f"{path}.{key}": value for key, value in module.named_parameters()}
         return found | entry.biases
@@ -142,6 +200,15 @@ class Bank:
         self._originals.clear()
 
     def owner(self, path: str) -> nn.Module:
-        """The base module at a path, looking through the adapted layer that may stand there."""
-        module = self.model.get_submodule(path)
-        return module.base_layer if isinstance(module, AdaptedLinear) else module
+        """The base module at a path, looking through the adapted layers on the way."""
+        module = self.model
+        for part in path.split(".") if path else ():
+            module = plain(getattr(module, part))
+        return module
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The base's own module under the adapted ones that stand in its place."""
+    while isinstance(module, AdaptedModule):
+        module = module.base_layer
+    return module

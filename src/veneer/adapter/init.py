@@ -7,12 +7,29 @@ leaves ΔW = 0 (for "orthogonal" up to rounding).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from veneer.config import AdapterConfig
 from veneer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Start:
+    """How one target's factors start: float32 lora_A (rank, d_in) and lora_B (d_out, rank).
+
+    `changes_base`: the factors assume the base W − s·B·A. `rank` and `alpha`, where given, replace the target's.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    changes_base: bool = False
+    rank: int | None = None
+    alpha: float | None = None
 
 
 def kaiming(rank: int, d_in: int, d_out: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
@@ -44,3 +61,28 @@ INITIALISATIONS: dict[str, Callable[[int, int, int, Generator | None], tuple[Ten
     "gaussian": gaussian,
     "orthogonal": orthogonal,
 }
+
+
+def start(
+    model: nn.Module,
+    targets: Sequence[Any],
+    config: AdapterConfig,
+    *,
+    seed: int | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+) -> list[Start]:
+    """The factors of each target, in order. Raises `ConfigError`."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    found = []
+    for target in targets:
+        layer = target.layer()
+        copies = getattr(layer, "experts", 1) if target.kind == "parameter" else 1
+        if target.kind == "embedding":  # as PEFT: the looked-up factor starts at zero
+            lora_A = torch.zeros(target.rank, layer.d_in)
+            found.append(Start(lora_A, torch.empty(layer.d_out, target.rank).normal_(generator=generator)))
+            continue
+        lora_A, lora_B = INITIALISATIONS[config.init](target.rank * copies, layer.d_in, layer.d_out, generator)
+        if target.kind == "conv":
+            lora_B = lora_B[:, : target.rank // target.module.groups]
+        found.append(Start(lora_A, lora_B))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -12,11 +13,24 @@ def scaling(rank: int, alpha: float, rslora: bool = False) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
+def alpha_of(rank: int, scale: float, rslora: bool = False) -> float:
+    """The alpha that gives a scaling at a rank: the inverse of `scaling`."""
+    return scale * math.sqrt(rank) if rslora else scale * rank
+
+
 def delta(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """ΔW = s·B·A in float32: lora_A (rank, d_in), lora_B (d_out, rank) → (d_out, d_in)."""
     return scale * (lora_B.float() @ lora_A.float())
 
 
-def lora_parameters(d_in: int, d_out: int, rank: int) -> int:
-    """Parameters of A and B together: rank·(d_in + d_out)."""
-    return rank * (d_in + d_out)
+def dora_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """‖W + s B A‖ of each row without the dense sum (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+
+    ‖W[o] + s Σ_r B[o,r] A[r]‖² = ‖W[o]‖² + 2s Σ_r B[o,r] (A Wᵀ)[r,o] + s² Σ_r (B A Aᵀ)[o,r] B[o,r].
+    weight (d_out, d_in) in any float dtype, squares ‖W[o]‖² (d_out) float32, lora_A (rank, d_in), lora_B (d_out, rank)
+    → (d_out) float32. A product of rank·d_in·d_out: rank/T of one forward over T tokens.
+    """
+    a, b = lora_A.float(), lora_B.float()
+    cross = (weight @ lora_A.to(weight.dtype).t()).float()
+    total = squares + 2 * scale * (b * cross).sum(1) + scale**2 * ((b @ (a @ a.t())) * b).sum(1)
+    return total.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()

@@ -6,8 +6,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from veneer.adapter import math
-
 if TYPE_CHECKING:
     from veneer.adapter.bank import Bank
 
@@ -43,7 +41,8 @@ def count(bank: Bank, name: str) -> AttachReport:
     groups: dict[tuple, list[str]] = defaultdict(list)
     for path in bank.entries[name].targets:
         layer = bank.layers[path]
-        groups[path.rsplit(".", 1)[-1], layer.rank[name], layer.out_features, layer.in_features].append(path)
+        own = sum(p.numel() for p in layer.trained(name).values())
+        groups[path.rsplit(".", 1)[-1], layer.rank[name], layer.d_out, layer.d_in, own].append(path)
     targets = tuple(
         {
             "name": leaf,
@@ -51,9 +50,9 @@ def count(bank: Bank, name: str) -> AttachReport:
             "rank": rank,
             "d_out": d_out,
             "d_in": d_in,
-            "parameters": len(paths) * math.lora_parameters(d_in, d_out, rank),
+            "parameters": len(paths) * own,
         }
-        for (leaf, rank, d_out, d_in), paths in groups.items()
+        for (leaf, rank, d_out, d_in, own), paths in groups.items()
     )
     count = sum(p.numel() for p in trained.values())
     size = sum(p.numel() * p.element_size() for p in trained.values())

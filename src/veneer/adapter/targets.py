@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from veneer.adapter.frozen import shape_of
+from veneer.adapter.layers import KINDS, AdaptedModule, ParameterFactors, Routing
+from veneer.adapter.layers.embedding import adaptable
+from veneer.adapter.task import task_heads
 from veneer.config import AdapterConfig
 from veneer.errors import TargetError
 
@@ -18,12 +22,38 @@ MLP_PARTS = re.compile(r"(^|_)(mlp|ffn|ff|feed_forward|densereludense|experts?)(
 
 @dataclass(frozen=True)
 class Target:
-    """One module to adapt, with the rank and alpha that hold for it."""
+    """One module (or parameter of one) to adapt, with the rank and alpha that hold for it.
+
+    `kind` is "linear", "conv", "embedding", "attention" (torch's MultiheadAttention) or "parameter"; for the last,
+    `name` ends with the name of the parameter, which `module` holds.
+    """
 
     name: str
-    module: nn.Linear
+    module: nn.Module
     rank: int
     alpha: float
+    kind: str = "linear"
+
+    @property
+    def parameter(self) -> str:
+        """The name of a target parameter in its module."""
+        return self.name.rpartition(".")[2]
+
+    def layer(self) -> AdaptedModule:
+        """The module wrapped as its kind, with nothing on it and in no model yet: for its shapes."""
+        if self.kind == "parameter":
+            return ParameterFactors(self.module, Routing(), self.parameter)
+        return KINDS[self.kind](self.module, Routing())
+
+    @property
+    def d_in(self) -> int:
+        """Columns of W as the factors see it."""
+        return self.layer().d_in
+
+    @property
+    def d_out(self) -> int:
+        """Rows of W as the factors see it."""
+        return self.layer().d_out
 
 
 def matches_pattern(pattern: str, name: str) -> bool:
@@ -43,51 +73,138 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every linear by name, adapted ones too (their frozen part), each module once, factors excluded."""
-    found = {}
+def kind_of(module: nn.Module) -> str | None:
+    """How a module is adapted; None if it cannot be."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention"
+    if shape_of(module) is not None:
+        return "linear"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "conv"
+    return "embedding" if isinstance(module, nn.Embedding) else None
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that can be adapted, by name, adapted ones too (their frozen part), each once.
+
+    The output projection of a MultiheadAttention is none: it is adapted with the whole module.
+    """
+    found, owned = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            found[name.removesuffix(".base_layer")] = module
+        if kind_of(module) and id(module) not in owned:
+            found[plain_name(name)] = module
+        if isinstance(module, nn.MultiheadAttention):
+            owned |= {id(part) for part in module.modules()} - {id(module)}
     return found
 
 
-def select(model: nn.Module, config: AdapterConfig) -> list[Target]:
-    """The modules that `config` names, in the model's order.
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without the `base_layer` that adapting puts in."""
+    return name.replace(".base_layer", "")
 
-    Raises `TargetError` where a name or pattern matches nothing (listing near misses), matches something that is no
-    linear, or a rank exceeds a module's smaller dimension.
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The candidates that hold linears."""
+    return {name: m for name, m in candidates(model).items() if kind_of(m) in ("linear", "attention")}
+
+
+def select(model: nn.Module, config: AdapterConfig) -> list[Target]:
+    """The modules and parameters that `config` names, in the model's order.
+
+    Raises `TargetError` where a name or pattern matches nothing (listing near misses), matches something that cannot be
+    adapted, or a rank exceeds a module's smaller dimension.
     """
-    candidates = linears(model)
-    if not candidates:
-        raise TargetError("the model has no linear layer to adapt")
-    chosen = _chosen(model, candidates, config.target_modules)
-    chosen = _without(chosen, candidates, config.exclude_modules)
-    chosen = _in_layers(chosen, config.layers)
-    if not chosen:
-        raise TargetError("target_modules, exclude_modules and layers together leave nothing to adapt")
+    found = candidates(model)
+    chosen = []
+    if config.target_modules:
+        if not found:
+            raise TargetError("the model has no linear layer to adapt")
+        chosen = _chosen(model, found, config.target_modules)
+        chosen = _without(chosen, found, config.exclude_modules)
+        chosen = _in_layers(chosen, config.layers)
+        if not chosen:
+            raise TargetError("target_modules, exclude_modules and layers together leave nothing to adapt")
+    targets = [(name, found[name], kind_of(found[name])) for name in chosen]
+    targets += target_parameters(model, config)
+    names = [name for name, _, _ in targets]
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
-            if not any(matches_pattern(key, name) for name in chosen):
-                raise TargetError(f"{field} key {key!r} matches no adapted module; {near_misses(key, chosen)}")
-    return [_target(name, candidates[name], config) for name in chosen]
+            if not any(matches_pattern(key, name) for name in names):
+                raise TargetError(f"{field} key {key!r} matches no adapted module; {near_misses(key, names)}")
+    return [part for name, module, kind in targets for part in _targets(name, module, kind, config)]
 
 
-def _target(name: str, module: nn.Linear, config: AdapterConfig) -> Target:
+def target_parameters(model: nn.Module, config: AdapterConfig) -> list[tuple[str, nn.Module, str]]:
+    """What target_parameters names: (name, module that holds it, "parameter")."""
+    own = {plain_name(name): name for name, _ in model.named_parameters() if ".lora_" not in name}
+    found: dict[str, tuple[str, nn.Module, str]] = {}
+    for entry in config.target_parameters:
+        hits = _in_layers([name for name in own if _is_ending(entry, name)], config.layers)
+        if not hits:
+            raise TargetError(f"target_parameters {entry!r} matches nothing; {near_misses(entry, own, 'parameters')}")
+        for name in hits:
+            path, _, leaf = own[name].rpartition(".")
+            module = model.get_submodule(path)
+            if getattr(module, leaf).ndim not in (2, 3):
+                raise TargetError(f"target_parameters {entry!r}: {name} has {getattr(module, leaf).ndim} dimensions")
+            if kind_of(module) == "linear":
+                raise TargetError(f"{name} is the weight of a linear: name {plain_name(path)} in target_modules")
+            found[name] = (name, module, "parameter")
+    return [found[name] for name in own if name in found]
+
+
+def rank_and_alpha(name: str, config: AdapterConfig) -> tuple[int, float]:
+    """The rank and alpha that hold for a module, after rank_pattern and alpha_pattern."""
     rank = next((r for key, r in config.rank_pattern.items() if matches_pattern(key, name)), config.rank)
-    alpha = next((a for key, a in config.alpha_pattern.items() if matches_pattern(key, name)), config.alpha)
-    limit = min(module.in_features, module.out_features)
-    if rank > limit:
-        raise TargetError(
-            f"rank {rank} is above what {name} ({module.out_features}×{module.in_features}) can hold: "
-            f"use at most {limit}, or give it its own in rank_pattern"
-        )
-    return Target(name, module, rank, alpha)
+    return rank, next((a for key, a in config.alpha_pattern.items() if matches_pattern(key, name)), config.alpha)
 
 
-def _chosen(model: nn.Module, candidates: dict[str, nn.Linear], wanted: str | list[str]) -> list[str]:
-    head = output_head(model)
-    body = [name for name, module in candidates.items() if module is not head]
+def with_parts(name: str, module: nn.Module, kind: str) -> list[tuple[str, nn.Module, str]]:
+    """A target and what is adapted with it: the output projection of a MultiheadAttention."""
+    if kind != "attention":
+        return [(name, module, kind)]
+    out = module.out_proj.base_layer if isinstance(module.out_proj, AdaptedModule) else module.out_proj
+    return [(name, module, kind), (f"{name}.out_proj", out, "linear")]
+
+
+def _targets(name: str, module: nn.Module, kind: str, config: AdapterConfig) -> list[Target]:
+    rank, alpha = rank_and_alpha(name, config)
+    targets = [Target(part, inner, rank, alpha, k) for part, inner, k in with_parts(name, module, kind)]
+    for target in targets:
+        check_module(target, config)
+        limit = min(target.d_in, target.d_out)
+        if rank > limit:
+            raise TargetError(
+                f"rank {rank} is above what {target.name} ({target.d_out}×{target.d_in}) can hold: "
+                f"use at most {limit}, or give it its own in rank_pattern"
+            )
+    return targets
+
+
+def check_module(target: Target, config: AdapterConfig) -> None:
+    """Raise `TargetError` for a module that is of a fitting kind and still cannot be adapted so."""
+    module, reason = target.module, None
+    if target.kind == "embedding":
+        reason = adaptable(module)
+    elif target.kind == "attention" and not module._qkv_same_embed_dim:
+        reason = "its query, key and value sizes differ"
+    elif target.kind == "conv" and target.rank % module.groups:
+        reason = f"rank {target.rank} is no multiple of its {module.groups} groups"
+    if reason is None and config.invocation and target.kind != "linear":
+        reason = f"invocation (aLoRA) is defined for linears only, not for {type(module).__name__}"
+    if reason is None:
+        layer = target.layer()
+        wrong = [o for o in ("dora", "lora_bias") if getattr(config, o) and not layer.supports(o)]
+        reason = f"{wrong[0]} is not defined for {type(module).__name__}" if wrong else None
+    if reason:
+        raise TargetError(f"{target.name} cannot be adapted: {reason}")
+
+
+def _chosen(model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str]) -> list[str]:
+    heads = [head for head in (output_head(model), *task_heads(model).values()) if head is not None]
+    spared = {id(part) for head in heads for part in head.modules()}
+    linear = [name for name, module in candidates.items() if kind_of(module) in ("linear", "attention")]
+    body = [name for name in linear if id(candidates[name]) not in spared]
     if wanted == "all-linear":
         return body
     if wanted in ("attention", "mlp"):
@@ -110,7 +227,10 @@ def _chosen(model: nn.Module, candidates: dict[str, nn.Linear], wanted: str | li
             continue
         other = next((type(m).__name__ for n, m in modules.items() if _is_ending(entry, n)), None)
         if other:
-            raise TargetError(f"target_modules {entry!r} is a {other}, which cannot be adapted; choose linear layers")
+            raise TargetError(
+                f"target_modules {entry!r} is a {other}, which cannot be adapted; "
+                f"choose linears, convolutions, embeddings or MultiheadAttention modules"
+            )
         raise TargetError(f"target_modules {entry!r} matches nothing; {near_misses(entry, candidates)}")
     return _endings(wanted, candidates)
 
@@ -167,17 +287,17 @@ def _endings(entries: list[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(_is_ending(entry, name) for entry in entries)]
 
 
-def near_misses(entry: str, names: Iterable[str]) -> str:
+def near_misses(entry: str, names: Iterable[str], what: str = "modules") -> str:
     """What the user may have meant: the closest last parts of module names, or all of them if none is close."""
     endings = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     near = difflib.get_close_matches(entry.rsplit(".", 1)[-1], endings, n=4, cutoff=0.4) if entry else []
     if near:
         return "near misses: " + ", ".join(near)
-    return "linear layers here: " + ", ".join(endings[:12]) + (", …" if len(endings) > 12 else "")
+    return f"{what} here: " + ", ".join(endings[:12]) + (", …" if len(endings) > 12 else "")
 
 
 def short_form(model: nn.Module, chosen: Iterable[str]) -> list[str]:
     """The shortest list of names that selects exactly `chosen` by name ending; whole names if no endings do."""
-    chosen, names = set(chosen), list(linears(model))
+    chosen, names = set(chosen), list(candidates(model))
     endings = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     return endings if set(_endings(endings, names)) == chosen else sorted(chosen)

@@ -39,7 +39,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base's own matrices by name, the same with and without adapters on it. Packed weights are left out."""
     found = {}
     for name, parameter in model.named_parameters():
-        if ".lora_A." in name or ".lora_B." in name:
+        if ".lora_" in name:
             continue
         if parameter.ndim >= 2 and parameter.is_floating_point():
             found[name.replace(".base_layer.", ".")] = parameter

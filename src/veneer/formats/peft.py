@@ -1,14 +1,12 @@
 """PEFT's on-disk adapter format, both ways, with Veneer's provenance beside it in `veneer.json`.
 
-`adapter_config.json` holds LoraConfig's fields; `adapter_model.safetensors` the tensors under `base_model.model.<path>`:
-`.lora_A.weight` (rank, d_in), `.lora_B.weight` (d_out, rank), biases and whole modules under their own names. Scaling
-is never stored: it follows from r, lora_alpha, the patterns and use_rslora.
+`adapter_config.json` holds LoraConfig's fields (`formats.peft_config`), `adapter_model.safetensors` the tensors
+(`formats.peft_tensors`). Scaling is never stored: it follows from r, lora_alpha, the patterns and use_rslora.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +15,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from veneer.adapter.attach import BANK, get_bank, install
-from veneer.adapter.bank import Bank
-from veneer.adapter.targets import Target, layer_index, linears, matches_pattern, output_head, short_form
+from veneer.adapter.attach import BANK, Plan, get_bank, install
+from veneer.adapter.bank import Bank, plain
+from veneer.adapter.init import Start
+from veneer.adapter.targets import (
+    Target,
+    candidates,
+    kind_of,
+    output_head,
+    plain_name,
+    rank_and_alpha,
+    target_parameters,
+    with_parts,
+)
 from veneer.base.fingerprint import Fingerprint, fingerprint, mismatch
 from veneer.config import AdapterConfig
-from veneer.errors import AdapterFormatError, AdapterStateError, VeneerError, WrongBaseError
+from veneer.errors import AdapterFormatError, AdapterStateError, TargetError, WrongBaseError
 from veneer.files import new_directory
+from veneer.formats.peft_config import adapter_config, check_supported, peft_config, peft_targets
+from veneer.formats.peft_tensors import PREFIX, adapter_tensors, resolve_paths, split
 from veneer.version import __version__
 
 CONFIG, TENSORS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
-PREFIX = "base_model.model."
-UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "lora_bias": "lora_bias",
-    "target_parameters": "target_parameters",
-    "trainable_token_indices": "trainable tokens",
-    "layer_replication": "layer replication",
-    "alora_invocation_tokens": "activated LoRA",
-    "use_qalora": "QA-LoRA",
-    "fan_in_fan_out": "Conv1D layers",
-}
-INIT_NAMES = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
 def save_adapter(
@@ -79,50 +77,6 @@ def base_record(model: nn.Module) -> dict[str, Any]:
     return {"name_or_path": name or None, "fingerprint": mark}
 
 
-def adapter_tensors(bank: Bank, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors under PEFT's keys, on the CPU."""
-    targets, found = set(bank.entries[name].targets), {}
-    for key, value in bank.parameters(name).items():
-        path, _, leaf = key.rpartition(".")
-        if leaf in ("lora_A", "lora_B"):
-            key = f"{key}.weight"
-        elif leaf == "bias" and path in targets:
-            key = f"{path}.base_layer.bias"
-        found[PREFIX + key] = value.detach().to("cpu", copy=True).contiguous()
-    return found
-
-
-def peft_config(bank: Bank, name: str, base_name: str | None) -> dict[str, Any]:
-    """LoraConfig's fields for an adapter; layers, presets and regular expressions become the names they select."""
-    entry = bank.entries[name]
-    config = entry.config
-    is_causal = hasattr(bank.model, "generate") and output_head(bank.model) is not None
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if is_causal else None,
-        "base_model_name_or_path": base_name,
-        "revision": None,
-        "auto_mapping": None,
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.rslora,
-        "use_dora": False,
-        "bias": config.bias,
-        "target_modules": short_form(bank.model, entry.targets),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "modules_to_save": config.modules_to_save or None,
-        "init_lora_weights": INIT_NAMES[config.init],
-        "fan_in_fan_out": False,
-        "lora_bias": False,
-    }
-
-
 def load_adapter(
     model: nn.Module, path: str | Path, *, name: str = "default", force: bool = False, trainable: bool = True
 ) -> Bank:
@@ -135,24 +89,43 @@ def load_adapter(
     path = Path(path)
     fields, tensors = read_config(path), read_tensors(path)
     check_base(model, path, force)
-    config = _adapter_config(fields, path)
-    pairs, rest = _split(tensors, path)
-    candidates = linears(model)
-    _check_targets(model, fields, pairs, candidates, path)
-    targets, factors = [], []
-    for module_name in [n for n in candidates if n in pairs]:
-        target, pair = _target(module_name, candidates[module_name], pairs[module_name], config, path)
-        targets.append(target)
-        factors.append(pair)
+    return put_on(model, fields, tensors, name=name, trainable=trainable, source=path)
+
+
+def put_on(
+    model: nn.Module,
+    fields: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    name: str = "default",
+    trainable: bool = True,
+    source: object = "the adapter",
+) -> Bank:
+    """`load_adapter` from LoraConfig's fields and the tensors by PEFT's keys without the prefix; `source` is for errors."""
+    config = _without_absent_heads(model, adapter_config(fields, source), tensors)
+    factors, rows, rest = split(tensors)
+    parts = _targetable(model, config, source)
+    pairs = resolve_paths(factors, [n for n, (_, kind) in parts.items() if kind == "parameter"])
+    if config.tied_head == "both":
+        pairs = _without_tied_copies(model, pairs)
+    if not (pairs or rows):
+        raise AdapterFormatError(f"{source}: {TENSORS} holds no lora_A/lora_B pair")
+    _check_targets(model, fields, pairs, parts, source)
+    targets = [_target(path, *parts[path], pairs[path], config, source) for path in parts if path in pairs]
+    starts = [Start(pairs[t.name]["lora_A"], pairs[t.name]["lora_B"], rank=t.rank) for t in targets]
+    try:
+        plan = Plan(model, config, targets)
+    except TargetError as error:
+        raise AdapterFormatError(f"{source}: {error}") from None
     rest = _without_base_copies(model, rest, config)
-    _check_rest(model, rest, config, [t.name for t in targets], path)
-    bank = install(model, config, targets, factors, name)
-    own = bank.parameters(name)
+    _check_rest(model, rest, rows, plan, source)
+    bank = install(plan, starts, name)
     with torch.no_grad():
-        for key, value in rest.items():
-            own[key].copy_(value)
-    for parameter in own.values():
-        parameter.requires_grad_(trainable)
+        for key, parameter in bank.parameters(name).items():
+            path, _, leaf = key.rpartition(".")
+            value = rows[path] if leaf == "trainable_tokens" else pairs.get(path, {}).get(leaf, rest.get(key))
+            parameter.copy_(value.reshape(parameter.shape))
+            parameter.requires_grad_(trainable)
     return bank
 
 
@@ -161,11 +134,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise AdapterFormatError(f"{path}: no such adapter directory")
     fields = _read_json(path / CONFIG)
-    if fields.get("peft_type", "LORA") != "LORA":
-        raise AdapterFormatError(f"{path}: a {fields['peft_type']} adapter; Veneer holds LORA")
-    for key, what in UNSUPPORTED.items():
-        if fields.get(key):
-            raise AdapterFormatError(f"{path}: uses {what} ({key}), which Veneer cannot hold yet")
+    check_supported(fields, path)
     return fields
 
 
@@ -198,99 +167,80 @@ def check_base(model: nn.Module, path: Path, force: bool) -> None:
         )
 
 
-def _adapter_config(fields: dict[str, Any], path: Path) -> AdapterConfig:
-    init = fields.get("init_lora_weights")
-    targets = fields.get("target_modules")
-    try:
-        return AdapterConfig(
-            rank=fields.get("r", 8),
-            alpha=fields.get("lora_alpha", 8),
-            rslora=fields.get("use_rslora") or False,
-            target_modules=sorted(targets) if isinstance(targets, list) else targets or "all-linear",
-            rank_pattern=fields.get("rank_pattern") or {},
-            alpha_pattern=fields.get("alpha_pattern") or {},
-            dropout=fields.get("lora_dropout") or 0.0,
-            bias=fields.get("bias") or "none",
-            modules_to_save=fields.get("modules_to_save") or [],
-            init=init if init in INIT_NAMES else "kaiming",
+def _without_absent_heads(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> AdapterConfig:
+    """PEFT writes the names of all heads that a task may have; keep those that the model or the tensors have."""
+    names = [plain_name(name) for name, _ in model.named_modules()]
+
+    def there(entry: str) -> bool:
+        return any(n == entry or n.endswith(f".{entry}") for n in names) or any(
+            f".{entry}." in f".{k}" for k in tensors
         )
-    except VeneerError as error:
-        raise AdapterFormatError(f"{path / CONFIG}: {error}") from None
+
+    return config.model_copy(update={"modules_to_save": [e for e in config.modules_to_save if there(e)]})
 
 
-def _split(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    pairs: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        found = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", key)
-        if found:
-            pairs.setdefault(found[1], {})[found[2]] = value
-        else:
-            rest[key.replace(".base_layer.", ".")] = value
-    for module, pair in pairs.items():
-        if len(pair) != 2:
-            raise AdapterFormatError(f"{path}: {module} has {next(iter(pair))} but not its partner")
-    if not pairs:
-        raise AdapterFormatError(f"{path}: {TENSORS} holds no lora_A/lora_B pair")
-    return pairs, rest
+def _targetable(model: nn.Module, config: AdapterConfig, source: object) -> dict[str, tuple[nn.Module, str]]:
+    """Everything that factors may belong to: name → (module, kind)."""
+    found = {}
+    for name, module in candidates(model).items():
+        found |= {part: (inner, kind) for part, inner, kind in with_parts(name, module, kind_of(module))}
+    try:
+        return found | {name: (module, kind) for name, module, kind in target_parameters(model, config)}
+    except TargetError as error:
+        raise AdapterFormatError(f"{source}: {error}") from None
 
 
-def _check_targets(model: nn.Module, fields: dict[str, Any], pairs: dict, candidates: dict, path: Path) -> None:
-    unknown = [name for name in pairs if name not in candidates]
+def _without_tied_copies(model: nn.Module, pairs: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """PEFT writes the factors of a tied head, transposed, beside the embedding's: one of the two is enough."""
+    head = output_head(model)
+    name = next((plain_name(n) for n, m in model.named_modules() if m is head), None)
+    return {path: pair for path, pair in pairs.items() if path != name}
+
+
+def _check_targets(model: nn.Module, fields: dict[str, Any], pairs: dict, parts: dict, source: object) -> None:
+    unknown = [name for name in pairs if name not in parts]
     if unknown:
         raise AdapterFormatError(
-            f"{path}: {len(unknown)} modules are not linear layers of this model, first {unknown[0]}: wrong base?"
+            f"{source}: {len(unknown)} modules are none that can be adapted in this model, first {unknown[0]}: wrong base?"
         )
-    expected = _peft_targets(model, fields, candidates)
+    expected = peft_targets(model, fields)
     if expected is None:
         return
+    expected |= {name for name, (_, kind) in parts.items() if kind == "parameter"}
+    expected |= {f"{name}.out_proj" for name in expected if parts[name][1] == "attention"}
     missing, extra = [n for n in expected if n not in pairs], [n for n in pairs if n not in expected]
     for names, what in ((missing, "tensors are missing for"), (extra, "tensors are there that the config leaves out,")):
         if names:
-            raise AdapterFormatError(f"{path}: {what} {len(names)} modules, first {names[0]}")
-
-
-def _peft_targets(model: nn.Module, fields: dict[str, Any], candidates: dict) -> set[str] | None:
-    """The linears that PEFT would adapt by its rules; None where the config does not say."""
-
-    def hit(patterns: str | list[str] | None, name: str) -> bool:
-        if isinstance(patterns, str):
-            return re.fullmatch(patterns, name) is not None
-        return any(name == p or name.endswith("." + p) for p in patterns or ())
-
-    wanted, layers = fields.get("target_modules"), fields.get("layers_to_transform")
-    if not wanted:
-        return None
-    head = output_head(model)
-    body = [n for n, m in candidates.items() if wanted != "all-linear" or m is not head]
-    chosen = {n for n in body if wanted == "all-linear" or hit(wanted, n)}
-    chosen = {n for n in chosen if not hit(fields.get("exclude_modules"), n)}
-    if layers is not None:
-        layers = [layers] if isinstance(layers, int) else layers
-        chosen = {n for n in chosen if layer_index(n) in layers}
-    return chosen
+            raise AdapterFormatError(f"{source}: {what} {len(names)} modules, first {names[0]}")
 
 
 def _target(
-    name: str, module: nn.Linear, pair: dict[str, Tensor], config: AdapterConfig, path: Path
-) -> tuple[Target, tuple[Tensor, Tensor]]:
-    rank = next((r for key, r in config.rank_pattern.items() if matches_pattern(key, name)), config.rank)
-    alpha = next((a for key, a in config.alpha_pattern.items() if matches_pattern(key, name)), config.alpha)
-    for leaf, shape in (("lora_A", (rank, module.in_features)), ("lora_B", (module.out_features, rank))):
+    name: str, module: nn.Module, kind: str, pair: dict[str, Tensor], config: AdapterConfig, source: object
+) -> Target:
+    target = Target(name, module, *rank_and_alpha(name, config), kind)
+    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.dora else set())
+    wanted |= {"lora_bias"} if config.lora_bias else set()
+    if pair.keys() != wanted:
+        odd = sorted(pair.keys() ^ wanted)[0]
+        raise AdapterFormatError(f"{source}: {name} {'lacks' if odd in wanted else 'has an unexpected'} {odd}")
+    for leaf, shape in zip(("lora_A", "lora_B"), target.layer().factor_shapes(target.rank)):
         if tuple(pair[leaf].shape) != shape:
             raise AdapterFormatError(
-                f"{path}: {name}.{leaf} is {tuple(pair[leaf].shape)}, not {shape} as rank {rank} wants"
+                f"{source}: {name}.{leaf} is {tuple(pair[leaf].shape)}, not {shape} as rank {target.rank} wants"
             )
-        if not pair[leaf].isfinite().all():
-            raise AdapterFormatError(f"{path}: {name}.{leaf} holds NaN or infinite values")
-    return Target(name, module, rank, alpha), (pair["lora_A"], pair["lora_B"])
+    for leaf, value in pair.items():
+        if not value.isfinite().all():
+            raise AdapterFormatError(f"{source}: {name}.{leaf} holds NaN or infinite values")
+        if leaf not in ("lora_A", "lora_B") and value.numel() != target.d_out:
+            raise AdapterFormatError(f"{source}: {name}.{leaf} has {value.numel()} values, not {target.d_out}")
+    return target
 
 
 def _without_base_copies(model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
     """PEFT also writes the frozen weight of an embedding or head that it adapts: leave out what the base has anyway."""
-    own = {key.replace(".base_layer", ""): p for key, p in model.named_parameters(remove_duplicate=False)}
+    own = {plain_name(key): p for key, p in model.named_parameters(remove_duplicate=False)}
     heads = [m for m in (output_head(model), getattr(model, "get_input_embeddings", lambda: None)()) if m is not None]
-    frozen = {id(m.weight) for m in heads}
+    frozen = {id(plain(m).weight) for m in heads}
 
     def is_copy(key: str, value: Tensor) -> bool:
         mine = own.get(key)
@@ -310,25 +260,21 @@ def _is_kept(key: str, config: AdapterConfig) -> bool:
     return any(f".{kept}." in f".{owner}." for kept in config.modules_to_save)
 
 
-def _check_rest(
-    model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig, targets: list[str], path: Path
-) -> None:
-    shapes = {key.replace(".base_layer", ""): p.shape for key, p in model.named_parameters(remove_duplicate=False)}
-    expected = set()
-    for key in shapes:
-        owner, _, leaf = key.rpartition(".")
-        if _is_kept(key, config):
-            expected.add(key)
-        elif leaf == "bias" and (config.bias == "all" or config.bias == "lora_only" and owner in targets):
-            expected.add(key)
+def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tensor], plan: Plan, source: object) -> None:
+    shapes = {plain_name(key): p.shape for key, p in model.named_parameters(remove_duplicate=False)}
+    expected = {key for key in shapes if _is_kept(key, plan.config)} | set(plan.biases)
     missing, extra = sorted(expected - rest.keys()), sorted(rest.keys() - expected)
+    missing += [path for path in plan.tokens if path not in rows]
+    extra += [path for path in rows if path not in plan.tokens]
     if extra:
-        raise AdapterFormatError(f"{path}: {len(extra)} tensors have no place in this model, first {extra[0]}")
+        raise AdapterFormatError(f"{source}: {len(extra)} tensors have no place in this model, first {extra[0]}")
     if missing:
-        raise AdapterFormatError(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
-    for key, value in rest.items():
-        if value.shape != shapes[key]:
-            raise AdapterFormatError(f"{path}: {key} is {tuple(value.shape)}, the model's is {tuple(shapes[key])}")
+        raise AdapterFormatError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
+    wanted = {path: (len(ids), m.embedding_dim) for path, (m, ids) in plan.tokens.items()}
+    for key, value in (rest | rows).items():
+        shape = tuple(wanted.get(key, shapes.get(key, ())))
+        if tuple(value.shape) != shape:
+            raise AdapterFormatError(f"{source}: {key} is {tuple(value.shape)}, the model's is {shape}")
 
 
 def _write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from veneer.kernels import cross_entropy, lora, reference
@@ -32,9 +33,33 @@ def lora_linear(
     impl: Impl = "auto",
 ) -> Tensor:
     """Frozen linear plus one adapter; see `veneer.kernels.reference.lora_linear`."""
-    possible = not weight.requires_grad and x.dtype == weight.dtype
-    fast = _use_fast(impl, possible, "the weight is trained or has another dtype than x")
+    fast = _use_fast(impl, _frozen(x, weight), NOT_FROZEN)
     return (lora if fast else reference).lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Frozen linear plus one DoRA adapter; see `veneer.kernels.reference.dora_linear`. `magnitude` holds no zero."""
+    fast = _use_fast(impl, _frozen(x, weight), NOT_FROZEN)
+    return (lora if fast else reference).dora_linear(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
+
+
+NOT_FROZEN = "the weight is trained, has another dtype than x, or autocast chooses dtypes"
+
+
+def _frozen(x: Tensor, weight: Tensor) -> bool:
+    """Whether a fused function may take the weight as a constant in x's dtype."""
+    return not weight.requires_grad and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def linear_cross_entropy(

@@ -44,3 +44,57 @@ def lora_linear(
 ) -> Tensor:
     """Fast path of `veneer.kernels.reference.lora_linear`; `weight` gets no gradient."""
     return LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling)
+
+
+class DoraLinear(torch.autograd.Function):
+    """Forward and backward of `veneer.kernels.reference.dora_linear` for a frozen weight.
+
+    With u = x Wᵀ + s·x Aᵀ Bᵀ, c = m/norm and g = ∂L/∂y: ∂L/∂m = Σ_t (g∘u)/norm; all else is `LoraLinear`'s with g∘c in
+    g's place. u is not kept: y is (the next operation keeps it as well, as a rule), and u = (y − bias)/c.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, magnitude, norm, scaling):
+        c = (magnitude / norm).to(x.dtype)
+        y = F.linear(x, weight)
+        y2 = y.view(-1, y.shape[-1])
+        y2.addmm_(x.reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).t(), lora_B.to(x.dtype).t(), alpha=scaling)
+        y2.mul_(c)
+        if bias is not None:
+            y2.add_(bias)
+        ctx.save_for_backward(x, weight, bias, lora_A, lora_B, magnitude, norm, y)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, lora_A, lora_B, magnitude, norm, y = ctx.saved_tensors
+        x2, g2, y2 = (t.reshape(-1, t.shape[-1]) for t in (x, grad, y))
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        need_x, _, need_bias, need_a, need_b, need_m, _, _ = ctx.needs_input_grad
+        grad_m = None
+        if need_m:  # Σ g∘(y − bias) = c Σ g∘u, and the division by c·norm = m
+            total = torch.linalg.vecdot(g2.float(), y2.float(), dim=0)
+            total = total if bias is None else total - bias.float() * g2.sum(0, dtype=torch.float32)
+            grad_m = (total / magnitude.float()).to(magnitude.dtype)
+        grad_bias = g2.sum(0) if need_bias else None
+        g2 = g2 * (magnitude / norm).to(g2.dtype)
+        u = (g2 @ b).mul_(ctx.scaling) if need_x or need_a else None
+        grad_x = (g2 @ weight).addmm_(u, a).view_as(x) if need_x else None
+        grad_a = (u.t() @ x2).to(lora_A.dtype) if need_a else None
+        grad_b = (g2.t() @ (x2 @ a.t())).mul_(ctx.scaling).to(lora_B.dtype) if need_b else None
+        return grad_x, None, grad_bias, grad_a, grad_b, grad_m, None, None
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Fast path of `veneer.kernels.reference.dora_linear`; `weight` and `norm` get no gradient."""
+    return DoraLinear.apply(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)

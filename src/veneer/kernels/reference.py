@@ -24,6 +24,25 @@ def lora_linear(
     return F.linear(x, weight, bias) + scaling * update
 
 
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+) -> Tensor:
+    """y[…,o] = c[o] (Σ_i x[…,i] W[o,i] + s Σ_r (x Aᵀ)[…,r] B[o,r]) + bias[o], c = m/norm (arXiv:2402.09353, eq. 5).
+
+    Shapes as in `lora_linear`, magnitude m and norm (O); norm = ‖W + s B A‖ by rows is a constant (section 4.3).
+    """
+    c = (magnitude / norm).to(x.dtype)
+    y = c * lora_linear(x, weight, None, lora_A, lora_B, scaling)
+    return y if bias is None else y + bias
+
+
 def grouped_lora(
     x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], rows: Tensor | None = None
 ) -> Tensor:

@@ -15,7 +15,8 @@ from torch import nn
 from veneer.adapter.attach import get_bank
 from veneer.errors import AdapterFormatError, RunError
 from veneer.files import new_directory, remove_leftovers
-from veneer.formats.peft import PREFIX, adapter_tensors, read_tensors, save_adapter
+from veneer.formats.peft import read_tensors, save_adapter
+from veneer.formats.peft_tensors import PREFIX, adapter_tensors, assign
 
 STATE, MOMENTS = "state.json", "optimizer.safetensors"
 
@@ -74,15 +75,14 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 def fill_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> dict[str, nn.Parameter]:
     """Copy saved tensors into the attached adapter; its parameters by name. `RunError` if they do not fit."""
     bank = get_bank(model)
-    own, parameters = adapter_tensors(bank, bank.names[0]), bank.parameters(bank.names[0])
+    name = bank.names[0]
+    own = adapter_tensors(bank, name)
     if {key.removeprefix(PREFIX): value.shape for key, value in own.items()} != {
         k: v.shape for k, v in tensors.items()
     }:
         raise RunError(f"checkpoint {path} does not hold this run's adapter: its tensors are others")
-    with torch.no_grad():
-        for parameter, key in zip(parameters.values(), own):
-            parameter.copy_(tensors[key.removeprefix(PREFIX)])
-    return parameters
+    assign(bank, name, tensors)
+    return bank.parameters(name)
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

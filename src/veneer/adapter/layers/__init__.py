@@ -1,0 +1,32 @@
+"""Adapted layers: a frozen module and the factors of every adapter on it, one file per kind of module."""
+
+from veneer.adapter.layers.attention import AdaptedAttention
+from veneer.adapter.layers.base import TABLES, AdaptedModule, Options, Routing
+from veneer.adapter.layers.conv import AdaptedConv
+from veneer.adapter.layers.embedding import AdaptedEmbedding, TiedHead
+from veneer.adapter.layers.experts import AdaptedExperts, AdaptedParameters, ParameterFactors, container_for
+from veneer.adapter.layers.linear import AdaptedLinear
+from veneer.adapter.layers.tokens import TrainedTokens, TrainedTokensHead
+
+KINDS: dict[str, type[AdaptedModule]] = {
+    layer.kind: layer for layer in (AdaptedLinear, AdaptedConv, AdaptedEmbedding, AdaptedAttention)
+}
+
+__all__ = [
+    "KINDS",
+    "TABLES",
+    "AdaptedAttention",
+    "AdaptedConv",
+    "AdaptedEmbedding",
+    "AdaptedExperts",
+    "AdaptedLinear",
+    "AdaptedModule",
+    "AdaptedParameters",
+    "Options",
+    "ParameterFactors",
+    "Routing",
+    "TiedHead",
+    "TrainedTokens",
+    "TrainedTokensHead",
+    "container_for",
+]

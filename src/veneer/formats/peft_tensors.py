@@ -1,0 +1,130 @@
+"""PEFT's tensor keys, both ways: where each tensor of adapter_model.safetensors stands in a bank.
+
+| what | key after the prefix |
+|---|---|
+| linear, convolution, attention | <path>.lora_A.weight, <path>.lora_B.weight |
+| embedding | <path>.lora_embedding_A, <path>.lora_embedding_B |
+| DoRA, lora_bias | <path>.lora_magnitude_vector, <path>.lora_B.bias |
+| output projection of an attention | <path>.base_layer.out_proj.… |
+| the n-th last adapted parameter of a module | <module>, then n times .base_layer, then .lora_A.weight … |
+| trained tokens | <embedding>.token_adapter.trainable_tokens_delta |
+| biases, modules_to_save | their own names (an adapted module's bias: <path>.base_layer.bias) |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from veneer.adapter.bank import Bank
+from veneer.adapter.layers import AdaptedAttention, AdaptedEmbedding, ParameterFactors
+
+PREFIX = "base_model.model."
+FACTOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)")
+LEAVES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_bias": "lora_B.bias",
+}
+TOKENS = "token_adapter.trainable_tokens_delta"
+
+
+def factor_key(bank: Bank, targets: Iterable[str], path: str, leaf: str) -> str:
+    """The key of one of a layer's tensors, without the prefix."""
+    layer = bank.layers[path]
+    if isinstance(layer, AdaptedEmbedding) and leaf in ("lora_A", "lora_B"):
+        return f"{path}.lora_embedding_{leaf[-1]}"
+    owner, _, last = path.rpartition(".")
+    if isinstance(layer, ParameterFactors):
+        order = [name for name, _ in layer.owner.named_parameters(recurse=False)]
+        later = [n for n in order[order.index(layer.parameter) + 1 :] if f"{owner}.{n}" in set(targets)]
+        path = owner + ".base_layer" * len(later)
+    elif last == "out_proj" and isinstance(bank.layers.get(owner), AdaptedAttention):
+        path = f"{owner}.base_layer.out_proj"
+    return f"{path}.{LEAVES[leaf]}"
+
+
+def slots(bank: Bank, name: str) -> dict[str, tuple[Tensor, ...]]:
+    """An adapter's tensors by PEFT's keys: (trained,), or (trained, frozen start) where an initialisation counts twice."""
+    entry, found = bank.entries[name], {}
+    for path in entry.targets:
+        layer = bank.layers[path]
+        for leaf, value in layer.trained(name).items():
+            start = getattr(layer, f"{leaf}_start", {})
+            pair = (value, start[name]) if name in start else (value,)
+            found[factor_key(bank, entry.targets, path, leaf)] = pair
+    for path in entry.tokens:
+        found[f"{path}.{TOKENS}"] = (bank.tokens[path].lora_rows[name],)
+    for path, module in entry.modules.items():
+        found |= {f"{path}.{key}": (value,) for key, value in module.named_parameters()}
+    for key, value in entry.biases.items():
+        owner, _, leaf = key.rpartition(".")
+        found[f"{owner}.base_layer.{leaf}" if owner in entry.targets else key] = (value,)
+    return found
+
+
+def adapter_tensors(bank: Bank, name: str) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's keys, on the CPU: [A; A₀] and [B, −B₀] where an initialisation counts twice."""
+    found = {}
+    for key, (value, *start) in slots(bank, name).items():
+        if start:
+            value = torch.cat([value, -start[0]], dim=1) if ".lora_B." in key else torch.cat([value, start[0]])
+        found[PREFIX + key] = value.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+def assign(bank: Bank, name: str, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors under PEFT's keys (without the prefix) into an adapter: the inverse of `adapter_tensors`."""
+    with torch.no_grad():
+        for key, (value, *start) in slots(bank, name).items():
+            given = tensors[key]
+            if not start:
+                value.copy_(given.reshape(value.shape))
+            elif ".lora_B." in key:
+                value.copy_(given[:, : value.shape[1]]), start[0].copy_(-given[:, value.shape[1] :])
+            else:
+                value.copy_(given[: value.shape[0]]), start[0].copy_(given[value.shape[0] :])
+
+
+def split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors without the prefix → ({path as in the file: {leaf: tensor}}, {embedding: rows}, {name: the rest})."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    leaf_of = {key: leaf for leaf, key in LEAVES.items()} | {"lora_embedding_A": "lora_A", "lora_embedding_B": "lora_B"}
+    for key, value in tensors.items():
+        key = key.removesuffix(".weight") if key.endswith("lora_magnitude_vector.weight") else key
+        found = FACTOR.fullmatch(key)
+        if found:
+            factors.setdefault(found[1], {})[leaf_of[found[2]]] = value
+        elif key.endswith(f".{TOKENS}"):
+            rows[key.removesuffix(f".{TOKENS}")] = value
+        else:
+            rest[key.replace(".base_layer.", ".")] = value
+    return factors, rows, rest
+
+
+def resolve_paths(factors: dict[str, dict[str, Tensor]], parameters: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The factors by Veneer's target names: `.base_layer` taken out, adapted parameters by their own names.
+
+    `parameters` are the full names of the target parameters, in the model's order.
+    """
+    by_owner: dict[str, list[str]] = {}
+    for parameter in parameters:
+        by_owner.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    found = {}
+    for path, parts in factors.items():
+        plain = path.replace(".base_layer", "")
+        if plain in by_owner:
+            depth = path.count(".base_layer")
+            own = by_owner[plain]
+            plain = own[-1 - depth] if depth < len(own) else plain
+        found[plain] = parts
+    return found
+
+
+__all__ = ["PREFIX", "adapter_tensors", "assign", "resolve_paths", "slots", "split"]
