@@ -98,8 +98,9 @@ class AdapterConfig(Section):
             raise ValueError(
                 "target_parameters go without dora, lora_bias, dropout and invocation: drop one of the two"
             )
-        if self.invocation and self.dora:
-            raise ValueError("invocation (aLoRA) is not defined with dora: drop one of the two")
+        if self.dora and (self.invocation or self.lora_bias):
+            other = "invocation (aLoRA)" if self.invocation else "lora_bias"
+            raise ValueError(f"{other} is not defined with dora: drop one of the two")
         return self
 
     @field_validator("rank_pattern")

@@ -228,7 +228,7 @@ def test_adapter_tensors(refused, adapter):
     module = first.removeprefix("base_model.model.").partition(".lora_")[0]
     half = {k: v for k, v in tensors.items() if k != first}
     save_file(half, file)
-    ask(refused, adapter, words=[module, "partner"])
+    ask(refused, adapter, words=[module, "lacks lora_A"])
     save_file({k: v for k, v in half.items() if module not in k}, file)
     ask(refused, adapter, words=["missing", module])
     save_file(tensors | {first.replace("layers.0", "layers.9"): tensors[first].clone()}, file)

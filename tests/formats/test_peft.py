@@ -159,7 +159,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
                                 for f, s in (("A", (4, 36)), ("B", (12, 4)))}),
             "config leaves out.*k_proj",
         ),
-        (lambda t: t.update({f"base_model.model.other.lora_{x}.weight": torch.zeros(1) for x in "AB"}), "none that can be adapted"),
+        (lambda t: t.update({f"base_model.model.other.lora_{x}.weight": torch.zeros(1) for x in "AB"}), "none that can be"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(1)}), "no place in this model.*lm_head"),
         (lambda t: t.clear(), "holds no lora_A/lora_B pair"),
     ],

@@ -188,6 +188,8 @@ def check_module(target: Target, config: AdapterConfig) -> None:
         reason = adaptable(module)
     elif target.kind == "attention" and not module._qkv_same_embed_dim:
         reason = "its query, key and value sizes differ"
+    elif target.kind == "attention" and config.dropout:
+        reason = "torch computes its projections itself, so there is no input to drop from: use dropout: 0"
     elif target.kind == "conv" and target.rank % module.groups:
         reason = f"rank {target.rank} is no multiple of its {module.groups} groups"
     if reason is None and config.invocation and target.kind != "linear":

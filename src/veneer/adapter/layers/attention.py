@@ -32,6 +32,10 @@ class AdaptedAttention(AdaptedModule):
     def d_out(self) -> int:
         return 3 * self.base_layer.embed_dim
 
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.in_proj_weight
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.routing.rows is not None and any(row in self.lora_A for row in self.routing.rows):
             raise AdapterStateError("MultiheadAttention modules cannot be routed by row")

@@ -115,8 +115,6 @@ class AdaptedConv(AdaptedModule):
             for name, w in mine:
                 if name in self.lora_bias:
                     own = w * self.scaling[name] * self.lora_bias[name].float()
-                    if name in self.lora_magnitude_vector:
-                        own = own * (self.lora_magnitude_vector[name] / self._norm(name)).flatten()
                     bias = own if bias is None else bias.float() + own
             bias = None if bias is None else bias.to(base.weight.dtype).clone()
         return clone_module(base, weight=total.to(base.weight.dtype), bias=bias)

@@ -59,12 +59,10 @@ class AdaptedLinear(AdaptedModule):
         (lora_A, lora_B), s = self.factors(name), w * self.scaling[name]
         bias, own = self.base_layer.bias, self.lora_bias[name] if name in self.lora_bias else None
         if self._is_dora(name):
-            norm = self.norm(name)
-            if own is not None:
-                own = s * own * (self.lora_magnitude_vector[name] / norm).to(own.dtype)
             m = self.lora_magnitude_vector[name]
-            return dispatch.dora_linear(x, weight, _plus(bias, own), lora_A, lora_B, m, norm, s)
-        bias = _plus(bias, own if own is None else s * own)
+            return dispatch.dora_linear(x, weight, bias, lora_A, lora_B, m, self.norm(name), s)
+        if own is not None:
+            bias = s * own if bias is None else bias + (s * own).to(bias.dtype)
         return dispatch.lora_linear(x, weight, bias, lora_A, lora_B, s)
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -149,18 +147,10 @@ class AdaptedLinear(AdaptedModule):
             for name, w in mine:
                 if name in self.lora_bias:
                     own = w * self.scaling[name] * self.lora_bias[name].float()
-                    if self._is_dora(name):
-                        own = own * (self.lora_magnitude_vector[name] / self.norm(name))
                     bias = own if bias is None else bias.float() + own
             total = (total.t() if is_conv1d(base) else total).to(base.weight.dtype).contiguous()
             bias = None if bias is None else bias.to(base.weight.dtype).clone()
         return clone_module(base, weight=total, bias=bias)
-
-
-def _plus(bias: Tensor | None, own: Tensor | None) -> Tensor | None:
-    if bias is None or own is None:
-        return bias if own is None else own
-    return bias + own.to(bias.dtype)
 
 
 class _tokens_of:
