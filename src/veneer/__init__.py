@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from veneer.version import __version__
 
 if TYPE_CHECKING:
-    from veneer.adapter.attach import attach, detach, get_bank
+    from veneer.adapter.attach import attach, detach, get_bank, merge
     from veneer.base.generate import generate, stream
     from veneer.base.load import load_base
     from veneer.config import AdapterConfig, DataConfig, OptimConfig, TrainConfig
@@ -25,6 +25,7 @@ _WHERE = {
     "attach": "adapter.attach",
     "detach": "adapter.attach",
     "get_bank": "adapter.attach",
+    "merge": "adapter.attach",
     "generate": "base.generate",
     "stream": "base.generate",
     "load_base": "base.load",
