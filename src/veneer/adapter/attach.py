@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -235,7 +236,7 @@ def _slow_path(bank: Bank, block: nn.TransformerEncoderLayer) -> None:
     """Keep torch's block from its inference shortcut, which reads the weights past our layers."""
     before = block.activation_relu_or_gelu
     block.activation_relu_or_gelu = 0
-    bank.undo.append(lambda: setattr(block, "activation_relu_or_gelu", before))
+    bank.undo.append(partial(setattr, block, "activation_relu_or_gelu", before))  # unlike a lambda, copied with it
 
 
 def _tie_head(bank: Bank, path: str, name: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import ref
 
 from torch import nn
@@ -50,8 +52,17 @@ class Bank:
         """What `detach` must undo besides."""
         self.merged: dict[str, float] | None = None
         """The adapters that are merged into the base now, with their weights."""
-        self._unmerged: dict[int, nn.Module] = {}
+        self._unmerged: list[tuple[AdaptedModule, nn.Module]] = []
         self._originals: dict[str, nn.Module | nn.Parameter] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
+        """Copied with its model, it is the copy's bank: switching an adapter there leaves the original alone."""
+        new = memo[id(self)] = copy.copy(self)
+        new._model = ref(memo.get(id(self.model), self.model))
+        for key, value in self.__dict__.items():
+            if key != "_model":
+                setattr(new, key, copy.deepcopy(value, memo))
+        return new
 
     @property
     def model(self) -> nn.Module:
@@ -130,18 +141,24 @@ class Bank:
 
         The base's own modules are kept aside, so `unmerge` restores every bit; until then the model holds both. Merging
         what is merged already changes nothing. Raises `AdapterStateError` for a quantised base, an activated adapter
-        (aLoRA), a grouped convolution, or while rows are routed.
+        (aLoRA), a grouped convolution, a sum that is not finite, or while rows are routed.
         """
         if self.merged is not None:
             return
         if self.routing.rows is not None:
             raise AdapterStateError("rows are routed to different adapters: a merge has one sum for all")
         acting = dict(self.routing.stack)
-        self._put_in([(layer, layer.merged(acting)) for layer in self.wrappers])
+        ready = [(layer, layer.merged(acting)) for layer in self.wrappers]
+        for layer, module in ready:
+            for key, value in module.named_parameters():
+                if value.is_floating_point() and not value.isfinite().all():
+                    name = next((n for n, one in self.layers.items() if one is layer), type(layer).__name__)
+                    raise AdapterStateError(f"{name}.{key} would hold NaN or infinite values: nothing was merged")
+        self._put_in(ready)
         self.merged = acting
 
     def _put_in(self, ready: list[tuple[AdaptedModule, nn.Module]]) -> None:
-        self._unmerged = {id(layer): layer.base_layer for layer, _ in ready}
+        self._unmerged = [(layer, layer.base_layer) for layer, _ in ready]
         for layer, module in ready:
             layer.base_layer = module
         self.routing.stack = {}
@@ -150,8 +167,8 @@ class Bank:
         """Put the base's own modules back, bit for bit, and let the adapters act beside them again."""
         if self.merged is None:
             raise AdapterStateError("nothing is merged")
-        for layer in self.wrappers:
-            layer.base_layer = self._unmerged[id(layer)]
+        for layer, module in self._unmerged:
+            layer.base_layer = module
         self.routing.stack, self.merged = self.merged, None
         self._unmerged.clear()
 
