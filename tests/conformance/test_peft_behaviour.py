@@ -42,6 +42,11 @@ def answer(model, toy, dtype=None):
         return model(**{k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in batch.items()}).logits
 
 
+def same_as_base(a, b, toy):
+    """Bit for bit; torch's attention takes another of its code paths when its out_proj is not torch's own class."""
+    return relative(a, b) < 1e-6 if "mha" in toy.targets else torch.equal(a, b)
+
+
 def weights(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -79,7 +84,7 @@ def test_save_and_load_twice_is_the_same_file(toy, tmp_path):
 @every_toy
 def test_training_changes_the_adapter_and_nothing_else(toy):
     options = {"modules_to_save": [toy.keep]} if toy.keep else {}
-    model, bank = attach(toy, **options, dropout=0.1)
+    model, bank = attach(toy, **options, dropout=0.0 if "mha" in toy.targets else 0.1)
     bank.activate(None)
     base = weights(model)
     bank.activate("default")
@@ -104,10 +109,10 @@ def test_disable_is_the_base_bit_for_bit_and_nests(toy):
     model, bank = attach(toy)
     adapted = answer(model, toy)
     with bank.disabled():
-        assert torch.equal(answer(model, toy), base)
+        assert same_as_base(answer(model, toy), base, toy)
         with bank.disabled():
-            assert torch.equal(answer(model, toy), base)
-        assert torch.equal(answer(model, toy), base)
+            assert same_as_base(answer(model, toy), base, toy)
+        assert same_as_base(answer(model, toy), base, toy)
     assert torch.equal(answer(model, toy), adapted)
     with pytest.raises(ZeroDivisionError), bank.disabled():
         raise ZeroDivisionError
@@ -115,7 +120,7 @@ def test_disable_is_the_base_bit_for_bit_and_nests(toy):
     bank.activate(None)
     with bank.disabled():
         pass
-    assert bank.active == {} and torch.equal(answer(model, toy), base)
+    assert bank.active == {} and same_as_base(answer(model, toy), base, toy)
 
 
 @every_toy
@@ -142,7 +147,7 @@ def test_delete(toy):
     with pytest.raises(AdapterStateError):
         bank.activate("two")
     bank.remove("one")
-    assert bank.names == [] and torch.equal(answer(model, toy), answer(toy.model(), toy))
+    assert bank.names == [] and same_as_base(answer(model, toy), answer(toy.model(), toy), toy)
     attach(toy, "one", model)  # the name is free again
     assert torch.equal(answer(model, toy), expected)
 
@@ -174,7 +179,7 @@ def test_a_second_merge_does_not_add_the_adapter_twice(toy):
     assert torch.equal(answer(model, toy), once)
 
 
-@mergeable_toy
+@pytest.mark.parametrize("toy", [t for t in MERGEABLE if "mha" not in t.targets], ids=lambda t: t.name)
 def test_merging_in_train_mode_with_dropout_is_deterministic(toy):
     first, bank = attach(toy, dropout=0.5)
     second, other = attach(toy, dropout=0.5)
@@ -230,7 +235,7 @@ def test_a_model_can_be_copied_with_its_adapters(toy):
     other = veneer.get_bank(twin)
     assert other is not bank and other.model is twin
     other.activate(None)
-    assert torch.equal(answer(twin, toy), base)
+    assert same_as_base(answer(twin, toy), base, toy)
     assert torch.equal(answer(model, toy), expected)
     other.activate("default")
     with torch.no_grad():
@@ -512,3 +517,9 @@ def test_a_merge_that_cannot_be_is_refused_and_nothing_changes():
     with pytest.raises(AdapterStateError, match="grouped"):
         bank.merge()
     assert torch.equal(answer(model, toy), live)
+
+
+def test_dropout_before_torchs_attention_is_refused():
+    """PEFT raises too: torch computes the projections itself, so there is no input to drop from."""
+    with pytest.raises(TargetError, match="dropout: 0"):
+        attach(TOY["MultiheadAttention"], dropout=0.1)
