@@ -240,7 +240,7 @@ def _without_base_copies(model: nn.Module, rest: dict[str, Tensor], config: Adap
     """PEFT also writes the frozen weight of an embedding or head that it adapts: leave out what the base has anyway."""
     own = {plain_name(key): p for key, p in model.named_parameters(remove_duplicate=False)}
     heads = [m for m in (output_head(model), getattr(model, "get_input_embeddings", lambda: None)()) if m is not None]
-    frozen = {id(plain(m).weight) for m in heads}
+    frozen = {id(getattr(plain(m), "weight", None)) for m in heads}  # an image model's patches have none
 
     def is_copy(key: str, value: Tensor) -> bool:
         mine = own.get(key)
