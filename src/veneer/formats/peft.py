@@ -114,7 +114,7 @@ def put_on(
     targets = [_target(path, *parts[path], pairs[path], config, source) for path in parts if path in pairs]
     starts = [Start(pairs[t.name]["lora_A"], pairs[t.name]["lora_B"], rank=t.rank) for t in targets]
     try:
-        plan = Plan(model, config, targets)
+        plan = Plan(model, config, targets, saved=True)
     except TargetError as error:
         raise AdapterFormatError(f"{source}: {error}") from None
     rest = _without_base_copies(model, rest, config)

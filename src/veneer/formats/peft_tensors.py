@@ -103,9 +103,15 @@ def split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dic
             factors.setdefault(found[1], {})[leaf_of[found[2]]] = value
         elif key.endswith(f".{TOKENS}"):
             rows[key.removesuffix(f".{TOKENS}")] = value
-        else:
+        elif not _is_second_copy(key, tensors):
             rest[key.replace(".base_layer.", ".")] = value
     return factors, rows, rest
+
+
+def _is_second_copy(key: str, tensors: dict[str, Tensor]) -> bool:
+    """With bias "all" PEFT writes a kept module's bias three times: as its own, trained again, and the base's."""
+    copy = re.fullmatch(r"(.+)\.(?:modules_to_save|original_module)\.(.+)", key)
+    return copy is not None and f"{copy[1]}.{copy[2]}" in tensors
 
 
 def resolve_paths(factors: dict[str, dict[str, Tensor]], parameters: list[str]) -> dict[str, dict[str, Tensor]]:
