@@ -17,6 +17,7 @@ from veneer.config import AdapterConfig
 from veneer.errors import TargetError
 
 ATTENTION_PARTS = re.compile(r"(^|_)(attn|attention|selfattention|encdecattention)($|_)")
+ADAPTERS_OWN = re.compile(r"\.lora_[^.]+$")
 MLP_PARTS = re.compile(r"(^|_)(mlp|ffn|ff|feed_forward|densereludense|experts?)($|_)")
 
 
@@ -103,6 +104,17 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters by plain name, a shared one at each place; no walk over the adapters' own."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not ADAPTERS_OWN.search(path):
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    found[plain_name(f"{path}.{leaf}" if path else leaf)] = parameter
+    return found
+
+
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """The candidates that hold linears."""
     return {name: m for name, m in candidates(model).items() if kind_of(m) in ("linear", "attention")}
@@ -136,6 +148,8 @@ def select(model: nn.Module, config: AdapterConfig) -> list[Target]:
 
 def target_parameters(model: nn.Module, config: AdapterConfig) -> list[tuple[str, nn.Module, str]]:
     """What target_parameters names: (name, module that holds it, "parameter")."""
+    if not config.target_parameters:
+        return []
     own = {plain_name(name): name for name, _ in model.named_parameters() if ".lora_" not in name}
     found: dict[str, tuple[str, nn.Module, str]] = {}
     for entry in config.target_parameters:

@@ -20,6 +20,7 @@ from veneer.adapter.bank import Bank, plain
 from veneer.adapter.init import Start
 from veneer.adapter.targets import (
     Target,
+    base_parameters,
     candidates,
     kind_of,
     output_head,
@@ -238,7 +239,7 @@ def _target(
 
 def _without_base_copies(model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
     """PEFT also writes the frozen weight of an embedding or head that it adapts: leave out what the base has anyway."""
-    own = {plain_name(key): p for key, p in model.named_parameters(remove_duplicate=False)}
+    own = base_parameters(model)
     heads = [m for m in (output_head(model), getattr(model, "get_input_embeddings", lambda: None)()) if m is not None]
     frozen = {id(getattr(plain(m), "weight", None)) for m in heads}  # an image model's patches have none
 
@@ -261,7 +262,7 @@ def _is_kept(key: str, config: AdapterConfig) -> bool:
 
 
 def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tensor], plan: Plan, source: object) -> None:
-    shapes = {plain_name(key): p.shape for key, p in model.named_parameters(remove_duplicate=False)}
+    shapes = {key: p.shape for key, p in base_parameters(model).items()}
     expected = {key for key in shapes if _is_kept(key, plan.config)} | set(plan.biases)
     missing, extra = sorted(expected - rest.keys()), sorted(rest.keys() - expected)
     missing += [path for path in plan.tokens if path not in rows]
