@@ -22,6 +22,7 @@ from veneer.adapter.layers import (
     TiedHead,
     TrainedTokens,
     TrainedTokensHead,
+    TrainedTokensTwin,
     container_for,
 )
 from veneer.adapter.layers.embedding import adaptable
@@ -60,6 +61,7 @@ def attach(
     config = config or AdapterConfig()
     check_free(model, name)
     targets = select(model, config)
+    check_twins(model, targets)
     config = with_task_heads(model, config, targets)
     plan = Plan(model, config, targets)
     return install(plan, start(model, targets, config, seed=seed, calibration=calibration), name)
@@ -256,7 +258,27 @@ def _train_tokens(bank: Bank, path: str, module: nn.Embedding) -> TrainedTokens:
     layer = bank.tokens[path] = _replace(bank, module, TrainedTokens(module, bank.routing))
     if head is not None and plain(head).weight is module.weight:
         _replace(bank, head, TrainedTokensHead(head, layer))
+    for twin in embedding_twins(bank.model, module):
+        _replace(bank, twin, TrainedTokensTwin(twin, layer))
     return layer
+
+
+def embedding_twins(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedding]:
+    """The other embeddings that share the weight of this one."""
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding]
+    return [m for m in others if m.weight is embedding.weight]
+
+
+def check_twins(model: nn.Module, targets: list[Target]) -> None:
+    """Raise `TargetError` for an adapted embedding that only lends its weight to others: nothing would see the adapter."""
+    chosen, shared = {id(target.module) for target in targets}, getattr(model, "get_input_embeddings", lambda: None)()
+    shared = shared if shared is None else plain(shared)
+    for target in targets:
+        if target.kind == "embedding" and target.module is shared:
+            twins = {id(twin) for twin in embedding_twins(model, target.module)}
+            if twins and not twins & chosen:
+                names = ", ".join(plain_name(name) for name, m in model.named_modules() if id(m) in twins)
+                raise TargetError(f"{target.name} lends its weight to {names}, which look up in its place: name those")
 
 
 def trained_tokens(
