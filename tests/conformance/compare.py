@@ -6,6 +6,7 @@ the file's layout: both libraries save the gradients in place of the values, so 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -104,7 +105,8 @@ def make_peft(architecture: Architecture, options: dict, name: str = "default") 
     """PEFT's model with a new adapter; `NotInPeft` where PEFT raises."""
     from peft import LoraConfig, get_peft_model
 
-    options = {"r": 4, "lora_alpha": 6, "task_type": architecture.task} | options
+    options = {"r": 4, "lora_alpha": 6, "task_type": architecture.task} | copy.deepcopy(options)  # PEFT adds to lists
+    options = {"modules_to_save": list(architecture.heads)} | options
     if architecture.targets:
         options = {"target_modules": list(architecture.targets)} | options
     try:
@@ -240,8 +242,20 @@ def compare_files(mine: Path, theirs: Path, base: nn.Module) -> None:
 def compare_configs(mine: Path, theirs: Path, base: nn.Module) -> None:
     a, b = (json.loads((path / "adapter_config.json").read_text()) for path in (mine, theirs))
     ends = {part for name, _ in base.named_modules() for part in (name, name.rsplit(".", 1)[-1])}
+    parts = [*(name for name, _ in base.named_modules()), *(name for name, _ in base.named_parameters())]
+
+    def whole(names):
+        """The full names that endings mean."""
+        return {entry: [p for p in parts if p == entry or p.endswith(f".{entry}")] for entry in names or ()}
+
+    for fields in (a, b):
+        named = whole(fields.get("target_parameters"))
+        fields["target_parameters"] = sorted({name for names in named.values() for name in names})
+        if isinstance(tokens := fields.get("trainable_token_indices"), dict):
+            named = whole(tokens)
+            fields["trainable_token_indices"] = {name: ids for key, ids in tokens.items() for name in named[key]}
     for fields in (a, b):  # PEFT adds both names that a head may have, "classifier" and "score"
-        fields["modules_to_save"] = [name for name in fields.get("modules_to_save") or [] if name in ends]
+        fields["modules_to_save"] = sorted({name for name in fields.get("modules_to_save") or [] if name in ends})
     for field in FIELDS:
         if _plain(a.get(field)) != _plain(b.get(field)):
             raise Differs(f"adapter_config.json: {field} is {a.get(field)!r}, PEFT writes {b.get(field)!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,9 @@ def round_trip(architecture: Architecture, options: dict, folder: Path) -> float
 def back_trip(architecture: Architecture, options: dict, folder: Path) -> float:
     """Attached by Veneer under the same options → file → PEFT: scores, loss, every gradient, and the config's fields."""
     batch, base, errors = architecture.batch(), architecture.model(), Errors()
+    resolved = json.loads((folder / "peft" / "adapter_config.json").read_text())
+    if resolved["target_parameters"]:  # PEFT's "all-linear" also takes fused experts; Veneer has them named
+        options = options | {key: resolved[key] for key in ("target_parameters", "rank_pattern", "alpha_pattern")}
     mine = attach(architecture, options)
     compare.randomise_parameters(veneer.get_bank(mine).parameters("default"), seed=1)
     scores, loss = compare.answer(mine, batch, backward=True)
@@ -238,6 +242,7 @@ def several(architecture: Architecture, options: dict, folder: Path) -> float:
     """Two adapters of different ranks and targets: each alone, both at once, none, and each row its own."""
     batch, errors = architecture.batch(), Errors()
     names = default_targets(architecture)
+    options = options | {"modules_to_save": list(architecture.heads)}
     first, second = options | {"target_modules": names}, options | {"target_modules": names[::2], "r": 6}
     with compare.quiet():
         theirs = compare.make_peft(architecture, first, "one")
@@ -253,7 +258,8 @@ def several(architecture: Architecture, options: dict, folder: Path) -> float:
         bank = veneer.load_adapter(mine, folder / "two", name="two")
     except VeneerError as error:
         raise Refused(compare.first_line(error)) from None
-    for active in (["one"], ["two"], ["one", "two"]):
+    whole = bool(theirs.peft_config["one"].modules_to_save)  # two heads cannot act at once: both libraries refuse
+    for active in (["one"], ["two"]) if whole else (["one"], ["two"], ["one", "two"]):
         theirs.base_model.set_adapter(active)
         bank.activate(dict.fromkeys(active, 1.0))
         if len(active) == 1:
@@ -263,6 +269,8 @@ def several(architecture: Architecture, options: dict, folder: Path) -> float:
     with theirs.disable_adapter(), bank.disabled():
         errors.add("scores of the base", compare.answer(mine, batch)[0], compare.answer(theirs, batch)[0])
         errors.add("scores of the base", compare.answer(mine, batch)[0], base, tolerance=0.0)
+    if whole:
+        return errors.largest
     rows = ["two", None, "one"]
     with bank.route(rows):
         routed, _ = compare.answer(mine, batch)
@@ -316,7 +324,7 @@ def keep(architecture: Architecture, names: list[str]) -> dict:
 def embeddings(architecture: Architecture, names: list[str]) -> dict:
     if architecture.embedding is None:
         raise NotInPeft("the model has no token embedding")
-    return {"target_modules": [*_leaves(names), architecture.embedding]}
+    return {"target_modules": [*_leaves(names), architecture.lookups or architecture.embedding]}
 
 
 def tokens(architecture: Architecture, names: list[str]) -> dict:

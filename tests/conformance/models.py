@@ -32,6 +32,10 @@ class Architecture:
     experts: tuple[str, ...] = ()
     targets: tuple[str, ...] | None = None
     """Default targets where PEFT has none for the architecture."""
+    heads: tuple[str, ...] = ()
+    """A new head that PEFT's users name in modules_to_save themselves."""
+    lookups: str | None = None
+    """The embeddings that look up, where `embedding` only lends its weight."""
 
     def model(self) -> nn.Module:
         """A fresh copy of the model."""
@@ -293,7 +297,13 @@ ARCHITECTURES = [
         "word_embeddings",
     ),
     Architecture(
-        "T5", _other("T5", "ForConditionalGeneration", **T5_SIZES), seq2seq_batch, "SEQ_2_SEQ_LM", "shared", "lm_head"
+        "T5",
+        _other("T5", "ForConditionalGeneration", **T5_SIZES),
+        seq2seq_batch,
+        "SEQ_2_SEQ_LM",
+        "shared",
+        "lm_head",
+        lookups="embed_tokens",
     ),
     Architecture(
         "BART",
@@ -302,6 +312,7 @@ ARCHITECTURES = [
         "SEQ_2_SEQ_LM",
         "shared",
         "lm_head",
+        lookups="embed_tokens",
     ),
     Architecture(
         "BERT, sequence classification",
@@ -335,6 +346,7 @@ ARCHITECTURES = [
         None,
         "classifier",
         targets=ATTENTION,
+        heads=("classifier",),
     ),
     Architecture(
         "Whisper",

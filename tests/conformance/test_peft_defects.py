@@ -323,7 +323,20 @@ def test_2777_whole_tied_modules_survive_merging_and_saving(name, tmp_path):
     assert relative(logits(reloaded(model, tmp_path / "merged"), architecture), live) < 1e-5
 
 
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("name", ["T5", "BART"])
+def test_an_adapter_on_an_embedding_that_is_never_called_is_refused(name):
+    """T5's and BART's "shared" only lends its weight to the encoder's and decoder's own embeddings: PEFT adapts it, and
+    nothing sees the adapter."""
+    architecture = ARCHITECTURE[name]
+    with pytest.raises(TargetError, match="encoder.embed_tokens"):
+        attach(architecture.model(), target_modules=["shared"], tied_head="embedding")
+    model = architecture.model()
+    base = logits(model, architecture)
+    attach(model, target_modules=["embed_tokens"], tied_head="embedding")
+    assert relative(logits(model, architecture), base) > 1e-3
+
+
+@pytest.mark.parametrize("name", [*TIED, "T5", "BART"])
 def test_2018_trained_tokens_act_in_a_tied_head_too(name, tmp_path):
     """PEFT ties the rows; Veneer too, and merged and saved the model answers the same."""
     architecture = ARCHITECTURE[name]
