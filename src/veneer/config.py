@@ -75,9 +75,11 @@ class AdapterConfig(Section):
     trainable_tokens: list[int] | dict[str, list[int]] | None = None
     """Token ids whose embedding rows are trained in full (a list: in the input embedding and a head tied to it; a
     mapping: by module name)."""
-    invocation: list[int] | None = Field(None, min_length=1)
-    """Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397): the adapter acts only from the last occurrence of these
-    token ids on, so that what comes before may be shared with the base's cache."""
+    new_tokens: list[str] = Field(default_factory=list)
+    """Tokens that the tokenizer is given; the vocabulary grows, and of its rows only theirs are trained."""
+    invocation: str | list[int] | None = Field(None, min_length=1)
+    """Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397): the adapter acts only from the last occurrence of this
+    text (or these token ids) on, so that what comes before may be shared with the base's cache."""
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     """How A and B start; each leaves ΔW = 0."""
     dtype: Literal["float32", "base"] = "float32"
@@ -92,8 +94,8 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _adapts_something(self) -> AdapterConfig:
-        if not (self.target_modules or self.target_parameters or self.trainable_tokens):
-            raise ValueError("target_modules is empty, and so are target_parameters and trainable_tokens")
+        if not (self.target_modules or self.target_parameters or self.trainable_tokens or self.new_tokens):
+            raise ValueError("target_modules is empty, and so are target_parameters, trainable_tokens and new_tokens")
         if self.target_parameters and (self.dora or self.lora_bias or self.dropout or self.invocation):
             raise ValueError(
                 "target_parameters go without dora, lora_bias, dropout and invocation: drop one of the two"

@@ -130,3 +130,55 @@ def test_packed_attention(window, heads, kv):
     torch.testing.assert_close(fast[0], slow[0], rtol=1e-5, atol=1e-5)
     for f, s in zip(fast[1], slow[1], strict=True):
         torch.testing.assert_close(f, s, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape,d_in,d_out,rank", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_linear(shape, d_in, d_out, rank, dtype, bias):
+    torch.manual_seed(0)
+    x = torch.randn(*shape, d_in, dtype=dtype, requires_grad=True)
+    w = torch.randn(d_out, d_in, dtype=dtype) / d_in**0.5
+    b = torch.randn(d_out, dtype=dtype, requires_grad=True) if bias else None
+    lora_A, lora_B = (torch.randn(rank, d_in) / d_in**0.5).requires_grad_(), torch.randn(d_out, rank).requires_grad_()
+    m, norm = (torch.rand(d_out) + 0.5).requires_grad_(), torch.rand(d_out) + 0.5
+    upstream = torch.randn(*shape, d_out)
+    inputs = [x, lora_A, lora_B, m] + ([b] if bias else [])
+
+    def run(impl, *t):
+        bias = t[4] if len(t) > 4 else None
+        return dispatch.dora_linear(t[0], w.to(t[0].dtype), bias, t[1], t[2], t[3], norm.to(t[3].dtype), 0.7, impl=impl)
+
+    fast = grads(lambda *t: run("fast", *t), inputs, upstream)
+    naive = grads(lambda *t: run("reference", *t), inputs, upstream)
+    truth = grads(lambda *t: run("reference", *t), [t.double().detach().requires_grad_() for t in inputs], upstream)
+    assert fast[0].dtype == dtype
+    assert_as_good(fast[0], naive[0], truth[0], dtype, roundings=4)
+    for f, n, t in zip(fast[1], naive[1], truth[1], strict=True):
+        assert f.dtype == n.dtype
+        assert_as_good(f, n, t, dtype, roundings=4)
+
+
+def test_dora_linear_gradcheck():
+    torch.manual_seed(1)
+    x, w, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64), torch.randn(4).double()
+    lora_A, lora_B = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    m, norm = torch.rand(4).double() + 0.5, torch.rand(4).double() + 0.5
+    inputs = [t.requires_grad_() for t in (x, b, lora_A, lora_B, m)]
+    assert torch.autograd.gradcheck(
+        lambda x, b, a, c, m: dispatch.dora_linear(x, w, b, a, c, m, norm, 1.3, impl="fast"), inputs
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_autocast_takes_the_twin(device):
+    """Under autocast the operations choose their dtypes: the fused function, which assumes one, stands back."""
+    x, w = torch.randn(3, 5), torch.randn(4, 5)
+    lora_A, lora_B = torch.randn(2, 5, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        y = dispatch.lora_linear(x, w, None, lora_A, lora_B, 0.5)
+        with pytest.raises(ValueError, match="autocast"):
+            dispatch.lora_linear(x, w, None, lora_A, lora_B, 0.5, impl="fast")
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    torch.testing.assert_close(y.float(), x @ w.T + 0.5 * x @ lora_A.T @ lora_B.T, rtol=3e-2, atol=3e-2)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapter.bank import Bank, Entry, plain
+from veneer.adapter.bank import Bank, Entry
 from veneer.adapter.init import Start, start
 from veneer.adapter.invocation import watch_invocation
 from veneer.adapter.layers import (
@@ -24,12 +24,14 @@ from veneer.adapter.layers import (
     TrainedTokensHead,
     TrainedTokensTwin,
     container_for,
+    plain,
 )
 from veneer.adapter.layers.embedding import adaptable
 from veneer.adapter.targets import Target, near_misses, output_head, plain_name, select
 from veneer.adapter.task import task_heads
+from veneer.adapter.vocabulary import add_tokens, rows_to_train
 from veneer.config import AdapterConfig
-from veneer.errors import AdapterStateError, TargetError
+from veneer.errors import AdapterStateError, ConfigError, TargetError
 
 BANK = "veneer_bank"
 
@@ -49,22 +51,43 @@ def attach(
     name: str = "default",
     seed: int | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
+    tokenizer: Any = None,
 ) -> Bank:
     """Put a new adapter on `model`, in place, freeze everything else, activate it and return the model's bank.
 
     Works on any module tree. A second call adds a further adapter under another name. `seed` makes the factors
     reproducible (absent: torch's global generator). `calibration` holds keyword arguments of a few model calls, for the
-    initialisations that look at data. The layers are found and checked before anything changes. Raises `TargetError` (a
-    target matches nothing, cannot be adapted or is too small for the rank), `ConfigError` (an initialisation that does
-    not fit) and `AdapterStateError` (name taken, or the model carries another library's adapter).
+    initialisations that look at data; `tokenizer` is for config.new_tokens and a textual
+    config.invocation. The layers are found and checked before
+    anything changes. Raises `TargetError` (a target matches nothing, cannot be adapted or is too small for the rank),
+    `ConfigError` (an initialisation that does not fit) and `AdapterStateError` (name taken, or the model carries another
+    library's adapter).
     """
     config = config or AdapterConfig()
     check_free(model, name)
+    config = with_token_ids(model, config, tokenizer)
     targets = select(model, config)
     check_twins(model, targets)
     config = with_task_heads(model, config, targets)
     plan = Plan(model, config, targets)
     return install(plan, start(model, targets, config, seed=seed, calibration=calibration), name)
+
+
+def with_token_ids(model: nn.Module, config: AdapterConfig, tokenizer: Any) -> AdapterConfig:
+    """The configuration with its texts as token ids: new_tokens (which the tokenizer and the model are given, and whose
+    rows are trained) and invocation. Raises `ConfigError` without a tokenizer for them."""
+    texts = [*config.new_tokens, *([config.invocation] if isinstance(config.invocation, str) else [])]
+    if not texts:
+        return config
+    if tokenizer is None:
+        raise ConfigError(f"{texts[0]!r} is a text (new_tokens or invocation): pass tokenizer=…")
+    changes = {}
+    if config.new_tokens:
+        ids = add_tokens(model, tokenizer, config.new_tokens)
+        changes["trainable_tokens"] = rows_to_train(model, ids, config.trainable_tokens)
+    if isinstance(config.invocation, str):
+        changes["invocation"] = tokenizer.encode(config.invocation, add_special_tokens=False)
+    return config.model_copy(update=changes)
 
 
 def with_task_heads(model: nn.Module, config: AdapterConfig, targets: list[Target]) -> AdapterConfig:
@@ -130,7 +153,7 @@ def install(plan: Plan, starts: list[Start], name: str) -> Bank:
     if plan.tied:
         _tie_head(bank, plan.tied, name)
     for path, (module, indices) in plan.tokens.items():
-        _train_tokens(bank, path, module).add_rows(name, indices, None, torch.float32)
+        _train_tokens(bank, path, module).add_rows(name, indices, torch.float32)
     modules = {path: copy.deepcopy(module).requires_grad_(True) for path, module in plan.modules.items()}
     targets = [target.name for target in plan.targets]
     bank.entries[name] = Entry(config, targets, list(plan.tokens), modules, plan.biases)
@@ -251,12 +274,12 @@ def _tie_head(bank: Bank, path: str, name: str) -> None:
     head.names.add(name)
 
 
-def _train_tokens(bank: Bank, path: str, module: nn.Embedding) -> TrainedTokens:
+def _train_tokens(bank: Bank, path: str, module: nn.Module) -> TrainedTokens:
     if path in bank.tokens:
         return bank.tokens[path]
     head = output_head(bank.model)
     layer = bank.tokens[path] = _replace(bank, module, TrainedTokens(module, bank.routing))
-    if head is not None and plain(head).weight is module.weight:
+    if head is not None and plain(head) is not module and plain(head).weight is module.weight:
         _replace(bank, head, TrainedTokensHead(head, layer))
     for twin in embedding_twins(bank.model, module):
         _replace(bank, twin, TrainedTokensTwin(twin, layer))
@@ -283,12 +306,14 @@ def check_twins(model: nn.Module, targets: list[Target]) -> None:
 
 def trained_tokens(
     model: nn.Module, config: AdapterConfig, targets: list[Target]
-) -> dict[str, tuple[nn.Embedding, list[int]]]:
-    """Embedding name → (module, token ids) of config.trainable_tokens. Raises `TargetError`."""
+) -> dict[str, tuple[nn.Module, list[int]]]:
+    """Name of an embedding or output head → (module, token ids) of config.trainable_tokens. Raises `TargetError`."""
     wanted = config.trainable_tokens
     if not wanted:
         return {}
-    modules = {plain_name(path): m for path, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    head = output_head(model)
+    modules = {plain_name(path): plain(m) for path, m in model.named_modules() if ".lora_" not in path}
+    modules = {path: m for path, m in modules.items() if isinstance(m, nn.Embedding) or head and m is plain(head)}
     if not isinstance(wanted, dict):
         embedding = plain(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
         names = [path for path, m in modules.items() if m is embedding]
@@ -299,19 +324,22 @@ def trained_tokens(
     for entry, indices in wanted.items():
         paths = [p for p in modules if p == entry or p.endswith("." + entry)]
         if not paths:
-            raise TargetError(f"trainable_tokens {entry!r} is no embedding; {near_misses(entry, modules)}")
+            raise TargetError(
+                f"trainable_tokens {entry!r} is no embedding or output head; {near_misses(entry, modules)}"
+            )
         for path in paths:
-            reason = adaptable(modules[path])
-            beyond = [i for i in indices if not 0 <= i < modules[path].num_embeddings]
+            module, rows = modules[path], modules[path].weight.shape[0]
+            reason = adaptable(module) if isinstance(module, nn.Embedding) else None
+            beyond = [i for i in indices if not 0 <= i < rows]
             if beyond:
-                reason = f"token id {beyond[0]} is beyond its {modules[path].num_embeddings} rows (resize it first)"
+                reason = f"token id {beyond[0]} is beyond its {rows} rows (new_tokens makes it larger)"
             if any(target.name == path for target in targets):
                 reason = "it is in target_modules too: choose one of the two"
             if len(set(indices)) != len(indices):
                 reason = "a token id is given twice"
             if reason:
                 raise TargetError(f"trainable_tokens: {path}: {reason}")
-            found[path] = (modules[path], list(indices))
+            found[path] = (module, list(indices))
     return found
 
 

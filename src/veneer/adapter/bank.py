@@ -11,7 +11,7 @@ from weakref import ref
 
 from torch import nn
 
-from veneer.adapter.layers import AdaptedModule, Routing, TrainedTokens
+from veneer.adapter.layers import AdaptedModule, Routing, TrainedTokens, plain
 from veneer.adapter.report import AttachReport, count
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError
@@ -222,10 +222,3 @@ class Bank:
         for part in path.split(".") if path else ():
             module = plain(getattr(module, part))
         return module
-
-
-def plain(module: nn.Module) -> nn.Module:
-    """The base's own module under the adapted ones that stand in its place."""
-    while isinstance(module, AdaptedModule):
-        module = module.base_layer
-    return module

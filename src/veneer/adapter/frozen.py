@@ -38,5 +38,6 @@ def plain_weight(module: nn.Module) -> Tensor | None:
 
 
 def row_square_norms(weight: Tensor) -> Tensor:
-    """‖W[o]‖² in float32 without a float32 copy of W: weight (d_out, d_in) → (d_out)."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square_()
+    """‖W[o]‖² in float32 (or wider) without a float32 copy of W: weight (d_out, d_in) → (d_out)."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square_()

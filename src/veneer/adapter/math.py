@@ -18,9 +18,14 @@ def alpha_of(rank: int, scale: float, rslora: bool = False) -> float:
     return scale * math.sqrt(rank) if rslora else scale * rank
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: what sums are made in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def delta(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     """ΔW = s·B·A in float32: lora_A (rank, d_in), lora_B (d_out, rank) → (d_out, d_in)."""
-    return scale * (lora_B.float() @ lora_A.float())
+    return scale * (wide(lora_B) @ wide(lora_A))
 
 
 def dora_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
@@ -30,7 +35,7 @@ def dora_norm(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, s
     weight (d_out, d_in) in any float dtype, squares ‖W[o]‖² (d_out) float32, lora_A (rank, d_in), lora_B (d_out, rank)
     → (d_out) float32. A product of rank·d_in·d_out: rank/T of one forward over T tokens.
     """
-    a, b = lora_A.float(), lora_B.float()
-    cross = (weight @ lora_A.to(weight.dtype).t()).float()
+    a, b = wide(lora_A), wide(lora_B)
+    cross = wide(weight @ lora_A.to(weight.dtype).t())
     total = squares + 2 * scale * (b * cross).sum(1) + scale**2 * ((b @ (a @ a.t())) * b).sum(1)
     return total.clamp_(min=torch.finfo(torch.float32).tiny).sqrt_()

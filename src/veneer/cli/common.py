@@ -64,7 +64,7 @@ def open_adapter(path: Path, model: str | None, *, device: str, dtype: str, forc
     adapter, run = locate(path)
     template = TrainConfig.load(run / "config.yaml").data.chat_template if run else None
     base, tokenizer = load_base(model or base_of(adapter), device=device, dtype=dtype, chat_template=template)
-    load_adapter(base, adapter, force=force, trainable=False)
+    load_adapter(base, adapter, force=force, trainable=False, tokenizer=tokenizer)
     base.eval()
     return Opened(base, tokenizer, adapter, run)
 

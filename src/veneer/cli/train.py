@@ -130,7 +130,7 @@ def _dry_run(trainer: Any, config: Any) -> None:
 
     check_out(trainer.out)
     setup = trainer.validate()
-    bank = attach(setup.model, config.adapter, seed=config.seed)
+    bank = attach(setup.model, config.adapter, seed=config.seed, tokenizer=setup.tokenizer)
     options = config.train
     print(config.to_yaml())
     err.print(str(bank.report()))

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from veneer.adapter.attach import BANK, Plan, get_bank, install
-from veneer.adapter.bank import Bank, plain
+from veneer.adapter.bank import Bank
 from veneer.adapter.init import Start
+from veneer.adapter.layers import plain
 from veneer.adapter.targets import (
     Target,
     base_parameters,
@@ -29,6 +30,7 @@ from veneer.adapter.targets import (
     target_parameters,
     with_parts,
 )
+from veneer.adapter.vocabulary import add_tokens
 from veneer.base.fingerprint import Fingerprint, fingerprint, mismatch
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterFormatError, AdapterStateError, TargetError, WrongBaseError
@@ -41,11 +43,17 @@ CONFIG, TENSORS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_adapter(
-    model: nn.Module, path: str | Path, *, name: str | None = None, provenance: dict[str, Any] | None = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    provenance: dict[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> Path:
     """Write an adapter as a directory that PEFT and Veneer load; atomic, replacing one that stands there.
 
-    `name` may be left out where the model has one adapter. Raises `AdapterStateError`, `RunError` (disk).
+    `name` may be left out where the model has one adapter. `tokenizer` is written too if the adapter brings new tokens.
+    Raises `AdapterStateError`, `RunError` (disk).
     """
     bank, path = get_bank(model), Path(path)
     if name is None and len(bank.names) != 1:
@@ -60,6 +68,8 @@ def save_adapter(
         _write_json(folder / CONFIG, peft_config(bank, name, base["name_or_path"]), sort_keys=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         _write_json(folder / PROVENANCE, written | (provenance or {}))
+        if tokenizer is not None and bank.entries[name].config.new_tokens:
+            tokenizer.save_pretrained(folder)
     return path
 
 
@@ -79,9 +89,15 @@ def base_record(model: nn.Module) -> dict[str, Any]:
 
 
 def load_adapter(
-    model: nn.Module, path: str | Path, *, name: str = "default", force: bool = False, trainable: bool = True
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str = "default",
+    force: bool = False,
+    trainable: bool = True,
+    tokenizer: Any = None,
 ) -> Bank:
-    """Put a saved adapter (Veneer's or PEFT's) on a model and activate it.
+    """Put a saved adapter (Veneer's or PEFT's) on a model and activate it; `tokenizer` gets the tokens it brings.
 
     Everything is checked before the model changes. Raises `AdapterFormatError` (damaged file, missing, extra or
     mis-shaped tensors, a kind of adapter that Veneer cannot hold), `WrongBaseError` (trained on another base; `force`
@@ -89,8 +105,21 @@ def load_adapter(
     """
     path = Path(path)
     fields, tensors = read_config(path), read_tensors(path)
+    new_tokens = new_tokens_of(path)
+    if new_tokens and tokenizer is not None:
+        add_tokens(model, tokenizer, new_tokens)
+    elif new_tokens:
+        raise AdapterStateError(f"{path} brings new tokens, first {new_tokens[0]!r}: pass tokenizer=… to add them to")
     check_base(model, path, force)
-    return put_on(model, fields, tensors, name=name, trainable=trainable, source=path)
+    bank = put_on(model, fields, tensors, name=name, trainable=trainable, source=path)
+    bank.entries[name].config = bank.entries[name].config.model_copy(update={"new_tokens": new_tokens})
+    return bank
+
+
+def new_tokens_of(path: Path) -> list[str]:
+    """The tokens that an adapter adds to its base's vocabulary."""
+    record = _read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    return list((record.get("config") or {}).get("new_tokens") or [])
 
 
 def put_on(
@@ -113,7 +142,11 @@ def put_on(
         raise AdapterFormatError(f"{source}: {TENSORS} holds no lora_A/lora_B pair")
     _check_targets(model, fields, pairs, parts, source)
     targets = [_target(path, *parts[path], pairs[path], config, source) for path in parts if path in pairs]
-    starts = [Start(pairs[t.name]["lora_A"], pairs[t.name]["lora_B"], rank=t.rank) for t in targets]
+    twice = {f"{t.name}.out_proj" for t in targets if t.kind == "attention"}  # see peft_tensors.stored_factor
+    starts = [
+        Start(pairs[t.name]["lora_A"], pairs[t.name]["lora_B"], rank=t.rank, alpha=t.alpha * (1 + (t.name in twice)))
+        for t in targets
+    ]
     try:
         plan = Plan(model, config, targets, saved=True)
     except TargetError as error:
@@ -271,7 +304,7 @@ def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tenso
         raise AdapterFormatError(f"{source}: {len(extra)} tensors have no place in this model, first {extra[0]}")
     if missing:
         raise AdapterFormatError(f"{source}: {len(missing)} tensors are missing, first {missing[0]}")
-    wanted = {path: (len(ids), m.embedding_dim) for path, (m, ids) in plan.tokens.items()}
+    wanted = {path: (len(ids), m.weight.shape[1]) for path, (m, ids) in plan.tokens.items()}
     for key, value in (rest | rows).items():
         shape = tuple(wanted.get(key, shapes.get(key, ())))
         if tuple(value.shape) != shape:

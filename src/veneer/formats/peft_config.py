@@ -14,6 +14,7 @@ from veneer.adapter.targets import candidates, kind_of, layer_index, linears, ma
 from veneer.adapter.task import task_type
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterFormatError, VeneerError
+from veneer.formats.peft_tensors import attention_output
 
 UNSUPPORTED = {
     "layer_replication": "layer replication",
@@ -37,10 +38,8 @@ def peft_config(bank: Bank, name: str, base_name: str | None) -> dict[str, Any]:
     """
     entry = bank.entries[name]
     config = entry.config
-    modules = [path for path in entry.targets if not isinstance(bank.layers[path], ParameterFactors)]
-    modules = [
-        path for path in modules if path.removesuffix(".out_proj") not in modules or not path.endswith("out_proj")
-    ]
+    parameters = [path for path in entry.targets if isinstance(bank.layers[path], ParameterFactors)]
+    modules = [path for path in entry.targets if path not in parameters and not attention_output(bank, path)]
     rank, alpha, rank_pattern, alpha_pattern = _written_ranks(bank, name)
     return {
         "peft_type": "LORA",
@@ -65,16 +64,11 @@ def peft_config(bank: Bank, name: str, base_name: str | None) -> dict[str, Any]:
         "init_lora_weights": INIT_NAMES.get(config.init, True),
         "fan_in_fan_out": any(type(bank.owner(path)).__name__ == "Conv1D" for path in modules),
         "lora_bias": config.lora_bias,
-        "target_parameters": [path for path in entry.targets if path not in modules and _is_parameter(bank, path)]
-        or None,
+        "target_parameters": parameters or None,
         "trainable_token_indices": {path: bank.tokens[path].indices[name] for path in entry.tokens} or None,
         "ensure_weight_tying": config.tied_head == "both",
         "alora_invocation_tokens": config.invocation,
     }
-
-
-def _is_parameter(bank: Bank, path: str) -> bool:
-    return isinstance(bank.layers[path], ParameterFactors)
 
 
 def _number(value: float) -> int | float:
@@ -89,7 +83,7 @@ def _written_ranks(bank: Bank, name: str) -> tuple[int, float, dict[str, int], d
     """
     entry = bank.entries[name]
     config, written = entry.config, {}
-    for path in entry.targets:
+    for path in (path for path in entry.targets if not attention_output(bank, path)):
         layer = bank.layers[path]
         rank = layer.rank[name] * (2 if layer.options[name].changes_base else 1)
         written[path] = rank, math.alpha_of(rank, layer.scaling[name], config.rslora)

@@ -38,12 +38,12 @@ def factor_key(bank: Bank, targets: Iterable[str], path: str, leaf: str) -> str:
     layer = bank.layers[path]
     if isinstance(layer, AdaptedEmbedding) and leaf in ("lora_A", "lora_B"):
         return f"{path}.lora_embedding_{leaf[-1]}"
-    owner, _, last = path.rpartition(".")
+    owner = path.rpartition(".")[0]
     if isinstance(layer, ParameterFactors):
         order = [name for name, _ in layer.owner.named_parameters(recurse=False)]
         later = [n for n in order[order.index(layer.parameter) + 1 :] if f"{owner}.{n}" in set(targets)]
         path = owner + ".base_layer" * len(later)
-    elif last == "out_proj" and isinstance(bank.layers.get(owner), AdaptedAttention):
+    elif attention_output(bank, path):
         path = f"{owner}.base_layer.out_proj"
     return f"{path}.{LEAVES[leaf]}"
 
@@ -67,6 +67,23 @@ def slots(bank: Bank, name: str) -> dict[str, tuple[Tensor, ...]]:
     return found
 
 
+def attention_output(bank: Bank, path: str) -> AdaptedAttention | None:
+    """The attention whose output projection a target is; None if it is none."""
+    owner, _, last = path.rpartition(".")
+    layer = bank.layers.get(owner) if last == "out_proj" else None
+    return layer if isinstance(layer, AdaptedAttention) else None
+
+
+def stored_factor(bank: Bank, name: str, path: str) -> float:
+    """What lora_B is multiplied with in the file.
+
+    PEFT (0.14 to 0.21 at least) adds the update of an attention's output projection twice and gives it the scaling of
+    the input projection: a file means 2·s·B·A there.
+    """
+    attention = attention_output(bank, path)
+    return bank.layers[path].scaling[name] / (2 * attention.scaling[name]) if attention else 1.0
+
+
 def adapter_tensors(bank: Bank, name: str) -> dict[str, Tensor]:
     """An adapter's tensors under PEFT's keys, on the CPU: [A; A₀] and [B, −B₀] where an initialisation counts twice."""
     found = {}
@@ -74,6 +91,9 @@ def adapter_tensors(bank: Bank, name: str) -> dict[str, Tensor]:
         if start:
             value = torch.cat([value, -start[0]], dim=1) if ".lora_B." in key else torch.cat([value, start[0]])
         found[PREFIX + key] = value.detach().to("cpu", copy=True).contiguous()
+    for path in bank.entries[name].targets:
+        if (factor := stored_factor(bank, name, path)) != 1.0:
+            found[PREFIX + factor_key(bank, bank.entries[name].targets, path, "lora_B")] *= factor
     return found
 
 
@@ -88,6 +108,8 @@ def assign(bank: Bank, name: str, tensors: dict[str, Tensor]) -> None:
                 value.copy_(given[:, : value.shape[1]]), start[0].copy_(-given[:, value.shape[1] :])
             else:
                 value.copy_(given[: value.shape[0]]), start[0].copy_(given[value.shape[0] :])
+        for path in bank.entries[name].targets:
+            bank.layers[path].lora_B[name].div_(stored_factor(bank, name, path))
 
 
 def split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:

@@ -74,9 +74,10 @@ class DoraLinear(torch.autograd.Function):
         need_x, _, need_bias, need_a, need_b, need_m, _, _ = ctx.needs_input_grad
         grad_m = None
         if need_m:  # Σ g∘(y − bias) = c Σ g∘u, and the division by c·norm = m
-            total = torch.linalg.vecdot(g2.float(), y2.float(), dim=0)
-            total = total if bias is None else total - bias.float() * g2.sum(0, dtype=torch.float32)
-            grad_m = (total / magnitude.float()).to(magnitude.dtype)
+            wide = torch.promote_types(g2.dtype, torch.float32)
+            total = torch.linalg.vecdot(g2.to(wide), y2.to(wide), dim=0)
+            total = total if bias is None else total - bias * g2.sum(0, dtype=wide)
+            grad_m = (total / magnitude).to(magnitude.dtype)
         grad_bias = g2.sum(0) if need_bias else None
         g2 = g2 * (magnitude / norm).to(g2.dtype)
         u = (g2 @ b).mul_(ctx.scaling) if need_x or need_a else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from veneer.adapter.attach import BANK
 from veneer.adapter.targets import output_head
 from veneer.data.example import TokenizedExample
 from veneer.data.pack import Row, pack
@@ -73,7 +74,11 @@ class RowModel:
         self.packing = packing and bool(getattr(model, "_supports_attention_backend", False))
         self.fast_head = True
         self.notes: list[str] = []
-        if packing and not self.packing:
+        bank = model.__dict__.get(BANK)
+        if self.packing and bank is not None and bank.routing.tokens:
+            self.packing = False
+            self.notes.append("packing is off: where an activated adapter (aLoRA) acts is found by whole rows")
+        elif packing and not self.packing:
             self.notes.append(f"packing is off: {type(model).__name__} does not take a custom attention")
 
     def loss(self, row: Row) -> Tensor:

@@ -17,10 +17,11 @@ import psutil
 import torch
 
 from veneer.adapter.attach import attach, get_bank
+from veneer.adapter.invocation import acting_tokens
 from veneer.adapter.report import AttachReport
 from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
-from veneer.errors import RunError, TrainingDiverged, VeneerError
+from veneer.errors import DataError, RunError, TrainingDiverged, VeneerError
 from veneer.files import write_text
 from veneer.formats.peft import read_tensors, save_adapter
 from veneer.training.evaluate import heldout_loss
@@ -99,11 +100,13 @@ class Trainer:
 
     def _attach(self, setup: Setup) -> None:
         torch.manual_seed(self.config.seed)
-        attach(setup.model, self.config.adapter, seed=self.config.seed)
+        attach(setup.model, self.config.adapter, seed=self.config.seed, tokenizer=setup.tokenizer)
         bank = get_bank(setup.model)
         self.parameters = bank.parameters("default")
         self.report: AttachReport = bank.report()
         self._note(str(self.report))
+        if (invocation := bank.entries["default"].config.invocation) is not None:
+            self._check_invocation(setup, invocation)
         self.optimizer = make_optimizer(self.parameters, self.config.train)
         if self.config.train.checkpointing:
             setup.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -113,6 +116,16 @@ class Trainer:
         for note in self.rows.notes:
             self._note(note)
         setup.model.train()
+
+    def _check_invocation(self, setup: Setup, invocation: list[int]) -> None:
+        """An activated adapter learns nothing from an example without its invocation: say how many there are."""
+        ids = (torch.from_numpy(e.input_ids.astype("int64")) for e in setup.train)
+        without = sum(not bool(acting_tokens(row[None], invocation).any()) for row in ids)
+        text = self.tokenizer.decode(invocation)
+        if without == len(setup.train):
+            raise DataError(f"no training example holds the invocation {text!r}, so the adapter would never act")
+        if without:
+            self._note(f"warning: {without:,} training examples do not hold the invocation {text!r}: nothing is learnt")
 
     def _restore(self, setup: Setup) -> Progress:
         for path in reversed(checkpoints(self.out)):
@@ -248,7 +261,7 @@ class Trainer:
             if stopped == "early":
                 fill_adapter(setup.model, read_tensors(self.out / "best"), self.out / "best")
             record = {"training": {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss}}
-            save_adapter(setup.model, adapter, provenance=record)
+            save_adapter(setup.model, adapter, provenance=record, tokenizer=setup.tokenizer)
         setup.model.eval()
         result = RunResult(self.out, adapter, state.step, total, loss, state.best_loss, state.seconds, stopped)
         self.observe({"type": "end", **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}})

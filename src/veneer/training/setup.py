@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 
+from veneer.adapter.vocabulary import add_tokens
 from veneer.base.load import load_base
 from veneer.base.paths import cache_dir
 from veneer.config import OptimConfig, TrainConfig
@@ -90,6 +91,8 @@ def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
     model, tokenizer = load_base(
         config.model, dtype=config.dtype, device=config.device, chat_template=config.data.chat_template
     )
+    if config.adapter.new_tokens:
+        add_tokens(model, tokenizer, config.adapter.new_tokens)
     train = load_data(config, "train", tokenizer, note)
     counts, heldout = {"train": train.counts}, None
     if config.data.heldout is not None or config.data.heldout_fraction:

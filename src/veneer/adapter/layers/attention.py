@@ -58,5 +58,5 @@ class AdaptedAttention(AdaptedModule):
     def merged(self, weights: Mapping[str, float]) -> nn.Module:
         with torch.no_grad():
             weight = self.base_layer.in_proj_weight
-            total = weight.float() + sum(w * self.delta(n) for n, w in self._mine(weights))
+            total = math.wide(weight) + sum(w * self.delta(n) for n, w in self._mine(weights))
             return clone_module(self.base_layer, in_proj_weight=total.to(weight.dtype))

@@ -196,3 +196,10 @@ def clone_module(module: nn.Module, **parameters: Tensor | None) -> nn.Module:
         trained = old is not None and old.requires_grad
         new._parameters[name] = None if value is None else nn.Parameter(value, requires_grad=trained)
     return new
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The base's own module under the adapted ones that stand in its place."""
+    while isinstance(module, AdaptedModule):
+        module = module.base_layer
+    return module

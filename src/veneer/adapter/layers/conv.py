@@ -100,22 +100,22 @@ class AdaptedConv(AdaptedModule):
             raise AdapterStateError("an adapter on a grouped convolution mixes the groups: its ΔW is no such kernel")
         change = math.delta(*self._flat(name), self.scaling[name])
         if name in self.lora_magnitude_vector:
-            total = weight.float().flatten(1) + change
-            c = self.lora_magnitude_vector[name].float().view(-1, 1) / torch.linalg.vector_norm(total, dim=1).view(
+            total = math.wide(weight).flatten(1) + change
+            c = math.wide(self.lora_magnitude_vector[name]).view(-1, 1) / torch.linalg.vector_norm(total, dim=1).view(
                 -1, 1
             )
-            change = c * total - weight.float().flatten(1)
+            change = c * total - math.wide(weight).flatten(1)
         return change.view_as(weight)
 
     def merged(self, weights: Mapping[str, float]) -> nn.Module:
         base, mine = self.base_layer, list(self._mine(weights))
         with torch.no_grad():
-            total = base.weight.float() + sum(w * self.delta(n) for n, w in mine)
+            total = math.wide(base.weight) + sum(w * self.delta(n) for n, w in mine)
             bias = base.bias
             for name, w in mine:
                 if name in self.lora_bias:
-                    own = w * self.scaling[name] * self.lora_bias[name].float()
-                    bias = own if bias is None else bias.float() + own
+                    own = w * self.scaling[name] * math.wide(self.lora_bias[name])
+                    bias = own if bias is None else math.wide(bias) + own
             bias = None if bias is None else bias.to(base.weight.dtype).clone()
         return clone_module(base, weight=total.to(base.weight.dtype), bias=bias)
 

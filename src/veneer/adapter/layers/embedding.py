@@ -88,14 +88,14 @@ class AdaptedEmbedding(AdaptedModule):
         change = math.delta(*self.factors(name), self.scaling[name]).t()
         if name not in self.lora_magnitude_vector:
             return change
-        weight = self.base_layer.weight.float()
+        weight = math.wide(self.base_layer.weight)
         total = weight + change
-        return total * (self.lora_magnitude_vector[name].float() / torch.linalg.vector_norm(total, dim=0)) - weight
+        return total * (math.wide(self.lora_magnitude_vector[name]) / torch.linalg.vector_norm(total, dim=0)) - weight
 
     def merged(self, weights: Mapping[str, float]) -> nn.Module:
         with torch.no_grad():
             weight = self.base_layer.weight
-            total = weight.float() + sum(w * self.delta(n) for n, w in self._mine(weights))
+            total = math.wide(weight) + sum(w * self.delta(n) for n, w in self._mine(weights))
             return clone_module(self.base_layer, weight=total.to(weight.dtype))
 
 
@@ -140,7 +140,7 @@ class TiedHead(AdaptedModule):
             return clone_module(self.base_layer, weight=self.source.merged(weights).weight.data)
         with torch.no_grad():  # adapters of both kinds: the head has its own sum
             weight = self.base_layer.weight
-            total = weight.float() + sum(w * self.source.delta(n) for n, w in mine.items())
+            total = math.wide(weight) + sum(w * self.source.delta(n) for n, w in mine.items())
             return clone_module(self.base_layer, weight=total.to(weight.dtype))
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from veneer.adapter import math
 from veneer.adapter.layers.base import AdaptedModule, Routing, clone_module
 from veneer.errors import AdapterStateError
 from veneer.kernels import dispatch
@@ -66,13 +67,13 @@ class ParameterFactors(AdaptedModule):
     def delta(self, name: str) -> Tensor:
         """ΔW of one adapter in float32, shaped as the parameter."""
         lora_A, lora_B = self.by_expert(name)
-        change = self.scaling[name] * torch.bmm(lora_B.float(), lora_A.float())
+        change = self.scaling[name] * torch.bmm(math.wide(lora_B), math.wide(lora_A))
         return (change.transpose(1, 2) if self.transposed else change).reshape(self.value.shape)
 
     def summed(self, weights: Mapping[str, float]) -> Tensor:
         """W + Σ w_n ΔW_n, added in float32 and rounded once."""
         with torch.no_grad():
-            total = self.value.float() + sum(w * self.delta(n) for n, w in self._mine(weights))
+            total = math.wide(self.value) + sum(w * self.delta(n) for n, w in self._mine(weights))
             return total.to(self.value.dtype)
 
 

@@ -129,9 +129,9 @@ class AdaptedLinear(AdaptedModule):
         change = math.delta(*self.factors(name), self.scaling[name])
         if not self._is_dora(name):
             return change
-        weight = weight_of(self.base_layer).float()
+        weight = math.wide(weight_of(self.base_layer))
         total = weight + change
-        c = self.lora_magnitude_vector[name].float() / torch.linalg.vector_norm(total, dim=1)
+        c = math.wide(self.lora_magnitude_vector[name]) / torch.linalg.vector_norm(total, dim=1)
         return c.unsqueeze(1) * total - weight
 
     def merged(self, weights: Mapping[str, float]) -> nn.Module:
@@ -142,12 +142,12 @@ class AdaptedLinear(AdaptedModule):
                 f"merge into the original weights instead (veneer merge BASE ADAPTER --out DIR)"
             )
         with torch.no_grad():
-            total = weight_of(base).float() + sum(w * self.delta(n) for n, w in mine)
+            total = math.wide(weight_of(base)) + sum(w * self.delta(n) for n, w in mine)
             bias = base.bias
             for name, w in mine:
                 if name in self.lora_bias:
-                    own = w * self.scaling[name] * self.lora_bias[name].float()
-                    bias = own if bias is None else bias.float() + own
+                    own = w * self.scaling[name] * math.wide(self.lora_bias[name])
+                    bias = own if bias is None else math.wide(bias) + own
             total = (total.t() if is_conv1d(base) else total).to(base.weight.dtype).contiguous()
             bias = None if bias is None else bias.to(base.weight.dtype).clone()
         return clone_module(base, weight=total, bias=bias)

@@ -1,35 +1,36 @@
-"""Trainable tokens: a few rows of a frozen embedding (and of the head that shares it) are trained in full."""
+"""Trainable tokens: a few rows of a frozen embedding or output head are trained in full."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.adapter.layers.base import AdaptedModule, Routing, clone_module
+from veneer.adapter.layers.base import AdaptedModule, Routing, clone_module, plain
 from veneer.errors import AdapterStateError
 
 
 class TrainedTokens(AdaptedModule):
-    """y[t] = e·R[k] where ids[t] is the k-th trained token, else base(ids)[t]; e as in `AdaptedEmbedding`.
+    """An embedding or an output head of which a few rows are trained: R in place of W's rows at the trained token ids.
 
-    lora_rows[n] is R (tokens, dimension): the rows themselves, not their change, as PEFT stores them, so that rows of newly
-    added tokens do not depend on what they held before.
+    lora_rows[n] is R (tokens, dimension): the rows themselves, not their change, as PEFT stores them, so that rows of
+    newly added tokens do not depend on what they held before. Embedding: y[t] = e·R[k] where ids[t] is the k-th trained
+    token, else base(ids)[t], with e as in `AdaptedEmbedding`. Head: z[…, id] = h·R[k] + bias[id] for those ids.
     """
 
     kind = "tokens"
 
-    def __init__(self, base_layer: nn.Embedding, routing: Routing) -> None:
+    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         super().__init__(base_layer, routing)
         self.lora_rows = nn.ParameterDict()
         self.indices: dict[str, list[int]] = {}
 
-    def add_rows(self, name: str, indices: Sequence[int], rows: Tensor | None, dtype: torch.dtype) -> None:
-        """Train the rows of these token ids, from the base's own rows or from `rows` (tokens, dimension)."""
+    def add_rows(self, name: str, indices: Sequence[int], dtype: torch.dtype) -> None:
+        """Train the rows of these token ids, from the base's own rows on."""
         at = torch.tensor(indices, device=self.base_layer.weight.device)
-        start = self.base_layer.weight[at] if rows is None else rows
-        self.lora_rows[name] = nn.Parameter(start.detach().to(at.device, dtype, copy=True))
+        self.lora_rows[name] = nn.Parameter(self.base_layer.weight.detach()[at].to(dtype, copy=True))
         self.indices[name] = list(indices)
 
     def remove(self, name: str) -> None:
@@ -50,18 +51,26 @@ class TrainedTokens(AdaptedModule):
             raise AdapterStateError("two active adapters train the same tokens: activate one of them")
         return active
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.look_up(ids, self.base_layer)
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(plain(self.base_layer), nn.Embedding):
+            return self.look_up(x, self.base_layer)
+        return self.replace_logits(x, self.base_layer(x), self.base_layer.bias)
 
     def look_up(self, ids: Tensor, base: nn.Module) -> Tensor:
         """`base`'s rows of the ids, but for the trained ones."""
         y = base(ids)
         for name, _ in self.active():
-            at = torch.tensor(self.indices[name], device=ids.device)
-            hit = ids.unsqueeze(-1) == at
+            hit = ids.unsqueeze(-1) == torch.tensor(self.indices[name], device=ids.device)
             rows = (self.lora_rows[name] * getattr(base, "embed_scale", 1.0)).to(y.dtype)
             y = torch.where(hit.any(-1, keepdim=True), rows[hit.int().argmax(-1)], y)
         return y
+
+    def replace_logits(self, h: Tensor, z: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits z (…, vocabulary) of hidden states h (…, dimension) with the trained tokens' own in place."""
+        for name, _ in self.active():
+            at = torch.tensor(self.indices[name], device=h.device)
+            z = z.index_copy(-1, at, F.linear(h, self.lora_rows[name].to(h.dtype), None if bias is None else bias[at]))
+        return z
 
     def replaced(self, weight: Tensor, names: Sequence[str]) -> Tensor:
         """A copy of a weight (vocabulary, dimension) with the trained rows in place."""
@@ -77,8 +86,8 @@ class TrainedTokens(AdaptedModule):
 
 
 class TrainedTokensTwin(AdaptedModule):
-    """A module that shares the weight of an embedding with trained tokens: here another embedding, as T5's encoder and
-    decoder have beside the shared one."""
+    """A module that shares the weight of an embedding with trained tokens, and so their rows: here another embedding, as
+    T5's encoder and decoder have beside the shared one."""
 
     kind = "tied"
 
@@ -97,14 +106,7 @@ class TrainedTokensTwin(AdaptedModule):
 
 
 class TrainedTokensHead(TrainedTokensTwin):
-    """The output head that shares the weight of an embedding with trained tokens: z[…, id] = h·R[k] for those ids."""
+    """The output head that shares the weight of an embedding with trained tokens, and so their rows."""
 
     def forward(self, h: Tensor) -> Tensor:
-        z, source = self.base_layer(h), self.source
-        for name, _ in source.active():
-            at = torch.tensor(source.indices[name], device=h.device)
-            logits = nn.functional.linear(h, source.lora_rows[name].to(h.dtype))
-            if self.base_layer.bias is not None:
-                logits = logits + self.base_layer.bias[at]
-            z = z.index_copy(-1, at, logits)
-        return z
+        return self.source.replace_logits(h, self.base_layer(h), self.base_layer.bias)
