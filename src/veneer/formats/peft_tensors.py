@@ -63,7 +63,9 @@ def slots(bank: Bank, name: str) -> dict[str, tuple[Tensor, ...]]:
         found |= {f"{path}.{key}": (value,) for key, value in module.named_parameters()}
     for key, value in entry.biases.items():
         owner, _, leaf = key.rpartition(".")
-        found[f"{owner}.base_layer.{leaf}" if owner in entry.targets else key] = (value,)
+        if owner in entry.targets:
+            key = factor_key(bank, entry.targets, owner, "lora_A").rpartition(".lora_")[0] + f".base_layer.{leaf}"
+        found[key] = (value,)
     return found
 
 
