@@ -138,7 +138,10 @@ def compare_trained(architecture: Architecture, theirs: nn.Module, folder: Path)
         settle(architecture, theirs, folder / "peft", mine)
     errors.add("loss", my_loss, loss)
     slopes = compare.veneer_gradients(mine, folder, base), compare.peft_gradients(theirs, folder, base)
-    errors.add_all("gradient", *slopes)
+    try:
+        errors.add_all("gradient", *slopes)
+    except Differs as difference:
+        settle_gradient(architecture, theirs, difference)
     veneer.save_adapter(mine, folder / "veneer")
     compare.compare_files(folder / "veneer", folder / "peft", base)
     again = compare.load_in_peft(architecture, folder / "veneer")
@@ -162,13 +165,37 @@ def settle(architecture: Architecture, theirs: nn.Module, path: Path, mine: nn.M
         for key, value in compare.tensors_of(path, architecture.model()).items():
             if "lora_" not in key:
                 own[key.removeprefix("base_model.model.").replace(".base_layer.", ".")].copy_(value)
-    expected, _ = compare.answer(truth, batch)
-    if compare.relative(my_scores, expected) <= compare.TOLERANCE:
-        error = compare.relative(scores, expected)
-        raise PeftIsWrong(
-            f"its answer is {error:.0e} off the model's with W + s·B·A as weights; Veneer's is that model's"
-        )
+    with compare.quiet():
+        candidates = truth, copy.deepcopy(theirs).merge_and_unload(adapter_names=[name])
+    for expected in (compare.answer(model, batch)[0] for model in candidates):
+        if compare.relative(my_scores, expected) <= compare.TOLERANCE:
+            error = compare.relative(scores, expected)
+            raise PeftIsWrong(f"its answer is {error:.0e} off the one with W + ΔW as weights, which is Veneer's")
     raise Differs(f"scores differ by {compare.relative(my_scores, scores):.1e}")
+
+
+def settle_gradient(architecture: Architecture, theirs: nn.Module, difference: Differs) -> None:
+    """A gradient must be the derivative of the loss it comes from: a finite difference along each parameter's gradient."""
+    batch = architecture.batch()
+    compare.answer(theirs, batch, backward=True)
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is None or parameter.grad.norm() < 1e-4:
+            continue
+        slope = parameter.grad.norm().item()
+        step, losses = parameter.grad / slope * 2e-2, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * step)
+            losses.append(compare.answer(theirs, batch)[1].item())
+            with torch.no_grad():
+                parameter.sub_(sign * step)
+        measured = (losses[0] - losses[1]) / 4e-2
+        if abs(measured - slope) > 0.2 * slope:
+            raise PeftIsWrong(
+                f"its gradient of {name.removeprefix('base_model.model.')} is {slope / measured:.2f} times the derivative "
+                "of its own loss; scores and loss are the same as Veneer's"
+            )
+    raise difference
 
 
 def started(architecture: Architecture, options: dict, folder: Path) -> float:
@@ -287,8 +314,10 @@ def several(architecture: Architecture, options: dict, folder: Path) -> float:
     base, _ = compare.answer(architecture.model(), batch)
     with theirs.disable_adapter(), bank.disabled():
         errors.add("scores of the base", compare.answer(mine, batch)[0], compare.answer(theirs, batch)[0])
-        errors.add("scores of the base", compare.answer(mine, batch)[0], base, tolerance=0.0)
-    if whole:
+        # torch's attention takes another of its code paths when its out_proj is not torch's own class
+        fused = any(isinstance(module, nn.MultiheadAttention) for module in mine.modules())
+        errors.add("scores of the base", compare.answer(mine, batch)[0], base, tolerance=1e-6 if fused else 0.0)
+    if whole or fused:  # both libraries refuse to route these by row
         return errors.largest
     rows = ["two", None, "one"]
     with bank.route(rows):

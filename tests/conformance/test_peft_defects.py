@@ -11,7 +11,7 @@ import pytest
 import torch
 from conformance.compare import load_in_peft, relative
 from conformance.models import ARCHITECTURES
-from conformance.toys import Toy, transformers_conv1d
+from conformance.toys import TOY, Toy, transformers_conv1d
 from torch import nn
 
 import veneer
@@ -243,6 +243,33 @@ def test_a_convolution_adapter_is_a_change_of_the_kernel(options):
     assert relative(model(x).logits, expected) < 1e-5
     bank.merge()
     assert relative(model(x).logits, expected) < 1e-5
+
+
+def test_attention_answers_as_pefts_and_its_gradient_is_the_losss_derivative(tmp_path):
+    """PEFT adds ΔW of a MultiheadAttention's out_proj twice in the forward pass and once in the backward pass, so its
+    gradient is half the derivative of its own loss. A file means 2·ΔW there; Veneer answers the same and trains with the
+    true gradient."""
+    pytest.importorskip("peft")
+    from conformance import compare
+
+    toy = TOY["MultiheadAttention"]
+    theirs = compare.make_peft(toy, {})
+    compare.randomise(theirs)
+    theirs.save_pretrained(tmp_path / "peft")
+    mine = toy.model()
+    bank = veneer.load_adapter(mine, tmp_path / "peft")
+    scores, loss = compare.answer(mine, toy.batch(), backward=True)
+    assert relative(scores, compare.answer(theirs, toy.batch())[0]) < 1e-5
+    for key, parameter in bank.parameters("default").items():
+        step = parameter.grad / parameter.grad.norm() * 1e-2
+        losses = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                parameter.add_(sign * step)
+            losses.append(compare.answer(mine, toy.batch())[1].item())
+        with torch.no_grad():
+            parameter.add_(step)
+        assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(parameter.grad.norm().item(), rel=0.05), key
 
 
 # ---- weights that two modules share ----------------------------------------------------------------------------------

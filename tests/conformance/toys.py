@@ -91,8 +91,8 @@ TOYS = [
     ),
     _toy(
         "Conv2d",
-        lambda: Toy(conv=nn.Conv2d(5, 9, (3, 2), padding=(1, 0), stride=(1, 2)), lin1=nn.Linear(3, 4)),
-        _floats(5, 4, 7),
+        lambda: Toy(conv=nn.Conv2d(5, 9, (3, 2), padding=(1, 0), stride=(1, 2)), lin1=nn.Linear(5, 4)),
+        _floats(5, 4, 11),
         "conv",
     ),
     _toy(
@@ -113,7 +113,7 @@ TOYS = [
         _floats(8, 4, 7),
         "conv",
     ),
-    _toy("Conv3d", lambda: Toy(conv=nn.Conv3d(5, 6, 2), lin1=nn.Linear(3, 4)), _floats(5, 3, 3, 4), "conv"),
+    _toy("Conv3d", lambda: Toy(conv=nn.Conv3d(5, 6, 2), lin1=nn.Linear(5, 4)), _floats(5, 3, 3, 6), "conv"),
     _toy("MultiheadAttention", Attentive, _floats(5, 12), "mha", keep="lin0"),
     _toy(
         "MultiheadAttention, sequence first", lambda: Attentive(batch_first=False), _floats(5, 12), "mha", keep="lin0"
