@@ -101,6 +101,7 @@ NAMES = {
     "init_lora_weights": "init",
     "trainable_token_indices": "trainable_tokens",
     "alora_invocation_tokens": "invocation",
+    "layers_to_transform": "layers",
 }
 """LoraConfig's keywords that AdapterConfig calls otherwise."""
 
@@ -207,23 +208,26 @@ def started(architecture: Architecture, options: dict, folder: Path) -> float:
 
 
 def residual(architecture: Architecture, options: dict, folder: Path) -> float:
-    """A start that moves the base: PEFT's converted file (rank 2r) in Veneer, then Veneer's own start back in PEFT."""
+    """A start that moves the base: Veneer's own start into PEFT, then PEFT's converted file (rank 2r) into Veneer."""
     batch, base, errors, tolerance = architecture.batch(), architecture.model(), Errors(), 1e-4
     theirs = compare.make_peft(architecture, options)
-    fresh = copy.deepcopy(theirs)
     mine = attach(architecture, options)
     errors.add("scores at the start", compare.answer(mine, batch)[0], compare.answer(base, batch)[0], tolerance)
     bank = veneer.get_bank(mine)
-    for name, layer in bank.layers.items():
-        product = fresh.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
-        own = layer.scaling["default"] * layer.lora_B["default"] @ layer.lora_A["default"]
-        errors.add(f"s·B·A of {name} at the start", own if own.shape == product.shape else own.t(), product, tolerance)
+    starts = {
+        name: layer.scaling["default"] * layer.lora_B["default"] @ layer.lora_A["default"]
+        for name, layer in bank.layers.items()
+    }
+    products = {name: theirs.get_submodule(f"base_model.model.{name}").get_delta_weight("default") for name in starts}
     compare.nudge(bank.parameters("default").values())
     scores, _ = compare.answer(mine, batch)
     veneer.save_adapter(mine, folder / "veneer")
     again = compare.load_in_peft(architecture, folder / "veneer")
     errors.add("scores back in PEFT", compare.answer(again, batch)[0], scores, tolerance)
     scores = converted_by_peft(architecture, theirs, options, folder)
+    for name, product in products.items():
+        own = starts[name] if starts[name].shape == product.shape else starts[name].t()
+        errors.add(f"s·B·A of {name} at the start", own, product, tolerance)
     mine = compare.load_in_veneer(architecture, folder / "peft")
     errors.add("scores", compare.answer(mine, batch)[0], scores, tolerance)
     return errors.largest
@@ -241,7 +245,9 @@ def converted_by_peft(architecture: Architecture, theirs: nn.Module, options: di
             compare.nudge(p for p in theirs.parameters() if p.requires_grad)
             theirs.save_pretrained(folder / "peft", path_initial_model_for_weight_conversion=str(folder / "start"))
     except RuntimeError as error:
-        raise PeftIsWrong(f"its conversion to a plain adapter crashes: {compare.first_line(error)}") from None
+        raise PeftIsWrong(
+            f"its conversion to a plain adapter crashes, {compare.first_line(error)} (Veneer's own start passed)"
+        ) from None
     whole = {key for key in load_file(folder / "start" / "adapter_model.safetensors") if "lora_" not in key}
     lost = whole - load_file(folder / "peft" / "adapter_model.safetensors").keys()
     if lost:
@@ -361,6 +367,12 @@ def patterns(architecture: Architecture, names: list[str]) -> dict:
     }
 
 
+def layers(architecture: Architecture, names: list[str]) -> dict:
+    if not any(".1." in name for name in names):
+        raise NotInPeft("the model has no second block")
+    return {"layers_to_transform": [1], "target_modules": _leaves(names)}
+
+
 def keep(architecture: Architecture, names: list[str]) -> dict:
     if architecture.keep is None:
         raise NotInPeft("no head to train")
@@ -399,6 +411,7 @@ FEATURES = [
     Feature("LoRA", _fixed(), round_trip),
     Feature("rsLoRA, patterns", patterns, round_trip),
     Feature("all-linear", _fixed(target_modules="all-linear"), round_trip),
+    Feature("layers_to_transform", layers, round_trip),
     Feature("bias: lora_only", _fixed(bias="lora_only"), round_trip),
     Feature("bias: all", _fixed(bias="all"), round_trip),
     Feature("modules_to_save", keep, round_trip),

@@ -10,7 +10,11 @@ from conformance.toys import TOYS
 
 pytest.importorskip("peft")
 
-COLUMNS = [f for f in FEATURES if f.name not in ("embeddings", "trainable tokens", "target_parameters", "aLoRA")]
+COLUMNS = [
+    f
+    for f in FEATURES
+    if f.name not in ("embeddings", "trainable tokens", "target_parameters", "aLoRA", "layers_to_transform")
+]
 REASONS = [
     "has nothing to train",  # bias without a bias
     "no head to train",
@@ -20,6 +24,7 @@ REASONS = [
     "times the derivative of its own loss",  # PEFT adds the update of attention's out_proj twice, its gradient once
     "in_proj_bias",  # PEFT's bias "all" leaves out attention's own
     "Unknown initialization|has no attribute 'weight'|not supported for Embedding|does not support DoRA",  # PEFT's words
+    "is for linear layers",  # Veneer: orthogonal, PiSSA and OLoRA
     "not defined for",  # Veneer: lora_bias on attention, DoRA on a grouped convolution
     "mha.out_proj",  # PEFT's all-linear adapts the projection that torch never calls
     "conversion to a plain adapter crashes",
