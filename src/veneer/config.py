@@ -34,6 +34,32 @@ class Section(BaseModel):
             raise ConfigError(explain(error, type(self))) from None
 
 
+class InitOptions(Section):
+    """Settings of the initialisations that have some; each is for the `adapter.init` that its name begins with."""
+
+    examples: int = Field(32, ge=1)
+    """eva, corda, lora_ga: how many training examples are run through the base to compute the start from."""
+    pissa_iterations: int | None = Field(None, ge=0)
+    """Absent: exact SVD. A number: fast randomised SVD with so many subspace iterations; 4 to 16 are usual."""
+    eva_rho: float = Field(2.0, ge=1)
+    """A module may get up to rho times its rank, at the cost of others; 1 leaves every rank as it is."""
+    eva_supervised_only: bool = True
+    """Look only at the tokens that are trained on."""
+    eva_whiten: bool = False
+    """Divide each component by the root of its singular value; for vision models."""
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+    """ipm trains the directions that the examples use most; kpm those they use least, which keeps what the base knows
+    about the examples (give it examples of that, not of the task)."""
+    lora_ga_direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
+    """Which of the gradient's first 2r directions A and B take: A the first r and B the second, the other way round,
+    in turns, or a random r for both."""
+    lora_ga_scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    """How large the start is: by output width and gamma, like the weight's largest singular value, divided by the
+    scaling, or as it comes."""
+    lora_ga_gamma: float = Field(16.0, gt=0)
+    """Gamma of the scale "stable": a larger one starts smaller."""
+
+
 class AdapterConfig(Section):
     """What a LoRA adapter is (Hu et al. 2021, arXiv:2106.09685): ΔW = s·B·A with s = alpha/rank."""
 
@@ -80,8 +106,10 @@ class AdapterConfig(Section):
     invocation: str | list[int] | None = Field(None, min_length=1)
     """Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397): the adapter acts only from the last occurrence of this
     text (or these token ids) on, so that what comes before may be shared with the base's cache."""
-    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
-    """How A and B start; each leaves ΔW = 0."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga", "loftq"] = "kaiming"
+    """How A and B start (docs/variants.md says when to use which). All but loftq start at the base's own output."""
+    init_options: InitOptions = Field(default_factory=InitOptions)
+    """Settings of the initialisation."""
     dtype: Literal["float32", "base"] = "float32"
     """Storage of the adapter's weights; arithmetic is in the base's compute dtype either way."""
 
@@ -111,6 +139,19 @@ class AdapterConfig(Section):
         if any(rank < 1 for rank in value.values()):
             raise ValueError("every rank must be at least 1")
         return value
+
+    @field_validator("init_options", mode="before")
+    @classmethod
+    def _all_commented_out(cls, value: Any) -> Any:
+        return {} if value is None else value  # what YAML reads a bare key as
+
+    @model_validator(mode="after")
+    def _options_of_this_init(self) -> AdapterConfig:
+        for key, field in InitOptions.model_fields.items():
+            used = self.init in ("eva", "corda", "lora_ga") if key == "examples" else key.startswith(f"{self.init}_")
+            if not used and getattr(self.init_options, key) != field.default:
+                raise ConfigError(f"configuration key 'init_options.{key}': has no effect with init {self.init!r}")
+        return self
 
     @field_validator("alpha_pattern")
     @classmethod
@@ -284,7 +325,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     path = [str(part) for part in first["loc"]]
     nested = first.get("ctx", {}).get("error")
     if isinstance(nested, ConfigError):  # a section inside this one has explained itself: add where it stands
-        return str(nested).replace("configuration key '", f"configuration key '{'.'.join(path)}.", 1)
+        return str(nested).replace("configuration key '", "configuration key '" + "".join(f"{p}." for p in path), 1)
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.adapter.bank import Bank, Entry
-from veneer.adapter.init import Start, start
+from veneer.adapter.init import Start, blank, start
 from veneer.adapter.invocation import watch_invocation
 from veneer.adapter.layers import (
     KINDS,
@@ -51,26 +52,49 @@ def attach(
     name: str = "default",
     seed: int | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
+    float_weights: Callable[[str], Tensor] | None = None,
     tokenizer: Any = None,
 ) -> Bank:
     """Put a new adapter on `model`, in place, freeze everything else, activate it and return the model's bank.
 
     Works on any module tree. A second call adds a further adapter under another name. `seed` makes the factors
     reproducible (absent: torch's global generator). `calibration` holds keyword arguments of a few model calls, for the
-    initialisations that look at data; `tokenizer` is for config.new_tokens and a textual
-    config.invocation. The layers are found and checked before
-    anything changes. Raises `TargetError` (a target matches nothing, cannot be adapted or is too small for the rank),
-    `ConfigError` (an initialisation that does not fit) and `AdapterStateError` (name taken, or the model carries another
-    library's adapter).
+    initialisations that look at data, and `float_weights` gives a module's weight from before quantisation, for
+    "loftq"; other adapters do not act meanwhile. `tokenizer` is for config.new_tokens and a textual config.invocation.
+    The layers are found and checked before anything changes. Raises `TargetError` (a target matches nothing, cannot be
+    adapted or is too small for the rank), `ConfigError` (an initialisation that does not fit) and `AdapterStateError`
+    (name taken, or the model carries another library's adapter).
     """
-    config = config or AdapterConfig()
+    plan, bank = _plan(model, config or AdapterConfig(), name, tokenizer), model.__dict__.get(BANK)
+    with bank.disabled() if bank else nullcontext():
+        starts = start(
+            model, plan.targets, plan.config, seed=seed, calibration=calibration, float_weights=float_weights
+        )
+    return _install_kept(plan, starts, name)
+
+
+def attach_blank(
+    model: nn.Module, config: AdapterConfig, rows: Mapping[str, int], *, name: str = "default", tokenizer: Any = None
+) -> Bank:
+    """`attach` with factors of zeros for a checkpoint to fill; `rows` says by target how many rows its lora_A has."""
+    plan = _plan(model, config, name, tokenizer)
+    return _install_kept(plan, blank(plan.targets, plan.config, rows), name)
+
+
+def _plan(model: nn.Module, config: AdapterConfig, name: str, tokenizer: Any) -> Plan:
     check_free(model, name)
     config = with_token_ids(model, config, tokenizer)
     targets = select(model, config)
     check_twins(model, targets)
-    config = with_task_heads(model, config, targets)
-    plan = Plan(model, config, targets)
-    return install(plan, start(model, targets, config, seed=seed, calibration=calibration), name)
+    return Plan(model, with_task_heads(model, config, targets), targets)
+
+
+def _install_kept(plan: Plan, starts: list[Start], name: str) -> Bank:
+    """`install` without the targets that an initialisation left no rank."""
+    kept = [(target, begin) for target, begin in zip(plan.targets, starts, strict=True) if begin.rank != 0]
+    if len(kept) < len(starts):
+        plan = Plan(plan.model, plan.config, [target for target, _ in kept])
+    return install(plan, [begin for _, begin in kept], name)
 
 
 def with_token_ids(model: nn.Module, config: AdapterConfig, tokenizer: Any) -> AdapterConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 import yaml
@@ -79,13 +79,22 @@ def commented(task: str, model: str) -> str:
     return "\n".join(lines)
 
 
-def _section(fields: dict, chosen: dict) -> list[str]:
-    lines = []
+def _section(fields: dict, chosen: dict, comment: bool = True) -> list[str]:
+    lines, off = [], "# " if comment else ""
     for key, field in fields.items():
         lines += ["  " + line for line in _comment(field.description)]
+        if (inner := section_in(field.annotation)) is not None:
+            lines += [f"  # {key}:", *(f"  # {line}" for line in _section(inner, {}, comment=False))]
+            continue
         default = field.get_default(call_default_factory=True)
-        lines.append("  " + _line(key, chosen[key]) if key in chosen else "  # " + _line(key, default))
+        lines.append("  " + _line(key, chosen[key]) if key in chosen else f"  {off}" + _line(key, default))
     return lines
+
+
+def section_in(annotation: Any) -> dict | None:
+    """The fields of the section that a field holds, or may hold; None if it holds a plain value."""
+    kinds = [annotation, *get_args(annotation)]
+    return next((kind.model_fields for kind in kinds if hasattr(kind, "model_fields")), None)
 
 
 def _comment(text: str | None) -> list[str]:

@@ -125,12 +125,11 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
 
 
 def _dry_run(trainer: Any, config: Any) -> None:
-    from veneer.adapter.attach import attach
     from veneer.training.setup import check_out
 
     check_out(trainer.out)
     setup = trainer.validate()
-    bank = attach(setup.model, config.adapter, seed=config.seed, tokenizer=setup.tokenizer)
+    bank = setup.attach(config)
     options = config.train
     print(config.to_yaml())
     err.print(str(bank.report()))

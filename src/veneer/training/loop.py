@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import torch
 
-from veneer.adapter.attach import attach, get_bank
+from veneer.adapter.attach import attach_blank, get_bank
+from veneer.adapter.init import COMPUTED
 from veneer.adapter.invocation import acting_tokens
 from veneer.adapter.report import AttachReport
 from veneer.config import TrainConfig
@@ -29,7 +30,15 @@ from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import lr_factor, make_optimizer, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_resumable, prepare_run, start_directory
-from veneer.training.state import Progress, checkpoints, fill_adapter, load_checkpoint, save_checkpoint, tidy
+from veneer.training.state import (
+    Progress,
+    checkpoints,
+    fill_adapter,
+    load_checkpoint,
+    save_checkpoint,
+    saved_rows,
+    tidy,
+)
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -86,7 +95,7 @@ class Trainer:
         setup = self.validate()
         if resume:
             check_resumable(self.out, self.config, setup)
-        self._attach(setup)
+        self._attach(setup, resume)
         state = self._restore(setup) if resume else Progress()
         if not resume:
             self._write_start(setup)
@@ -98,9 +107,13 @@ class Trainer:
         finally:
             self.metrics.close()
 
-    def _attach(self, setup: Setup) -> None:
+    def _attach(self, setup: Setup, resume: bool) -> None:
         torch.manual_seed(self.config.seed)
-        attach(setup.model, self.config.adapter, seed=self.config.seed, tokenizer=setup.tokenizer)
+        rows = saved_rows(self.out) if resume and self.config.adapter.init in COMPUTED else None
+        if rows is None:
+            setup.attach(self.config)
+        else:
+            attach_blank(setup.model, self.config.adapter, rows, tokenizer=setup.tokenizer)
         bank = get_bank(setup.model)
         self.parameters = bank.parameters("default")
         self.report: AttachReport = bank.report()

@@ -15,8 +15,12 @@ import numpy as np
 import torch
 import transformers
 
+from veneer.adapter.attach import attach
+from veneer.adapter.bank import Bank
+from veneer.adapter.init import DATA_DRIVEN
 from veneer.adapter.vocabulary import add_tokens
 from veneer.base.load import load_base
+from veneer.base.original import float_weights
 from veneer.base.paths import cache_dir
 from veneer.config import OptimConfig, TrainConfig
 from veneer.data.example import TokenizedExample
@@ -55,8 +59,32 @@ class Setup:
         """Indices of the examples of step `step` (from 0): each epoch is a permutation that its number seeds."""
         per_epoch, size = self.steps_per_epoch(config.train), config.train.batch_size
         epoch, at = divmod(step, per_epoch)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(self.train))
-        return order[at * size : (at + 1) * size].tolist()
+        return self._order(epoch, config.seed)[at * size : (at + 1) * size]
+
+    def _order(self, epoch: int, seed: int) -> list[int]:
+        return np.random.default_rng([seed, epoch]).permutation(len(self.train)).tolist()
+
+    def attach(self, config: TrainConfig) -> Bank:
+        """Put the run's adapter on the model, at its start."""
+        options = config.adapter
+        return attach(
+            self.model,
+            options,
+            seed=config.seed,
+            calibration=self.calibration(config) if options.init in DATA_DRIVEN else None,
+            float_weights=float_weights(self.model) if options.init == "loftq" else None,
+            tokenizer=self.tokenizer,
+        )
+
+    def calibration(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """The examples that training sees first, `init_options.examples` of them, each a batch for `model(**batch)`."""
+        batches = []
+        for index in self._order(0, config.seed)[: config.adapter.init_options.examples]:
+            example = self.train[index]
+            ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+            labels = ids.masked_fill(~torch.from_numpy(example.supervised)[None], -100)
+            batches.append({"input_ids": ids, "labels": labels, "use_cache": False})
+        return batches
 
     def provenance(self, config: TrainConfig) -> dict[str, Any]:
         """What went into a run: versions, base, data and template hashes, seed."""

@@ -72,6 +72,18 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return state
 
 
+def saved_rows(run: Path) -> dict[str, int] | None:
+    """Rows of lora_A by module in the newest sound checkpoint; None without one."""
+    for path in reversed(checkpoints(run)):
+        try:
+            tensors = read_tensors(path / "adapter")
+        except AdapterFormatError:
+            continue
+        end = ".lora_A.weight"
+        return {key.removesuffix(end): len(value) for key, value in tensors.items() if key.endswith(end)}
+    return None
+
+
 def fill_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> dict[str, nn.Parameter]:
     """Copy saved tensors into the attached adapter; its parameters by name. `RunError` if they do not fit."""
     bank = get_bank(model)

@@ -1,0 +1,5 @@
+"""How A and B start: random, from the weight, from activations or from gradients. `start` is the only entry."""
+
+from veneer.adapter.init.start import COMPUTED, DATA_DRIVEN, Start, blank, start
+
+__all__ = ["COMPUTED", "DATA_DRIVEN", "Start", "blank", "start"]
