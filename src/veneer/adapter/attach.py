@@ -28,7 +28,7 @@ from veneer.adapter.layers import (
     plain,
 )
 from veneer.adapter.layers.embedding import adaptable
-from veneer.adapter.targets import Target, near_misses, output_head, plain_name, select
+from veneer.adapter.targets import Target, check_twins, embedding_twins, near_misses, output_head, plain_name, select
 from veneer.adapter.task import task_heads
 from veneer.adapter.vocabulary import add_tokens, rows_to_train
 from veneer.config import AdapterConfig
@@ -308,24 +308,6 @@ def _train_tokens(bank: Bank, path: str, module: nn.Module) -> TrainedTokens:
     for twin in embedding_twins(bank.model, module):
         _replace(bank, twin, TrainedTokensTwin(twin, layer))
     return layer
-
-
-def embedding_twins(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedding]:
-    """The other embeddings that share the weight of this one."""
-    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding]
-    return [m for m in others if m.weight is embedding.weight]
-
-
-def check_twins(model: nn.Module, targets: list[Target]) -> None:
-    """Raise `TargetError` for an adapted embedding that only lends its weight to others: nothing would see the adapter."""
-    chosen, shared = {id(target.module) for target in targets}, getattr(model, "get_input_embeddings", lambda: None)()
-    shared = shared if shared is None else plain(shared)
-    for target in targets:
-        if target.kind == "embedding" and target.module is shared:
-            twins = {id(twin) for twin in embedding_twins(model, target.module)}
-            if twins and not twins & chosen:
-                names = ", ".join(plain_name(name) for name, m in model.named_modules() if id(m) in twins)
-                raise TargetError(f"{target.name} lends its weight to {names}, which look up in its place: name those")
 
 
 def trained_tokens(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.adapter.frozen import shape_of
-from veneer.adapter.layers import KINDS, AdaptedModule, ParameterFactors, Routing
+from veneer.adapter.layers import KINDS, AdaptedModule, ParameterFactors, Routing, plain
 from veneer.adapter.layers.embedding import adaptable
 from veneer.adapter.task import task_heads
 from veneer.config import AdapterConfig
@@ -214,6 +214,24 @@ def check_module(target: Target, config: AdapterConfig) -> None:
         reason = f"{wrong[0]} is not defined for {type(module).__name__}" if wrong else None
     if reason:
         raise TargetError(f"{target.name} cannot be adapted: {reason}")
+
+
+def embedding_twins(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedding]:
+    """The other embeddings that share the weight of this one."""
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding]
+    return [m for m in others if m.weight is embedding.weight]
+
+
+def check_twins(model: nn.Module, targets: list[Target]) -> None:
+    """Raise `TargetError` for an adapted embedding that only lends its weight to others: nothing would see the adapter."""
+    chosen, shared = {id(target.module) for target in targets}, getattr(model, "get_input_embeddings", lambda: None)()
+    shared = shared if shared is None else plain(shared)
+    for target in targets:
+        if target.kind == "embedding" and target.module is shared:
+            twins = {id(twin) for twin in embedding_twins(model, target.module)}
+            if twins and not twins & chosen:
+                names = ", ".join(plain_name(name) for name, m in model.named_modules() if id(m) in twins)
+                raise TargetError(f"{target.name} lends its weight to {names}, which look up in its place: name those")
 
 
 def _chosen(model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str]) -> list[str]:
