@@ -23,6 +23,7 @@ import transformers  # noqa: E402
 from conformance.compare import TOLERANCE  # noqa: E402
 from conformance.features import FEATURES, Cell, run  # noqa: E402
 from conformance.models import ARCHITECTURES  # noqa: E402
+from conformance.toys import TOYS  # noqa: E402
 
 from veneer import __version__  # noqa: E402
 
@@ -42,10 +43,14 @@ Above {tolerance:.0e} a cell counts as different (1e-04 for starts that move the
   base), and each batch row its own.
 - `merge`: merged by both, compared with the unmerged adapter; unmerging must restore the base bit for bit.
 
+The second table does the same for every kind of layer, in small models outside transformers.
+
 `–` the combination does not exist in PEFT; `R` Veneer refuses it; `P` PEFT's result is wrong. Notes below the table
 say why.
 
 """
+TEXT = ("embeddings", "trainable tokens", "target_parameters", "aLoRA", "layers_to_transform")
+"""Features of whole transformers models."""
 SIGNS = {"not in PEFT": "–", "refused": "R", "PEFT is wrong": "P", "DIFFERS": "**differs**"}
 
 
@@ -57,10 +62,10 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows = [a for a in ARCHITECTURES if not options.architecture or a.name in options.architecture]
+    rows = [a for a in (*ARCHITECTURES, *TOYS) if not options.architecture or a.name in options.architecture]
     columns = [f for f in FEATURES if not options.feature or f.name in options.feature]
-    cells = {(a.name, f.name): measure(a, f) for f in columns for a in rows}
-    text = page(cells, [a.name for a in rows], [f.name for f in columns])
+    cells = {(a.name, f.name): measure(a, f) for f in columns for a in rows if a not in TOYS or f.name not in TEXT}
+    text = page(cells)
     if options.feature or options.architecture:
         print(text)
     else:
@@ -78,8 +83,8 @@ def measure(architecture, feature) -> Cell:
         return run(architecture, feature, Path(folder))
 
 
-def page(cells: dict[tuple[str, str], Cell], rows: list[str], columns: list[str]) -> str:
-    """The whole page: head, counts, table, notes. Cells with the same reason share a note."""
+def page(cells: dict[tuple[str, str], Cell]) -> str:
+    """The whole page: head, counts, both tables, notes. Cells with the same reason share a note."""
     reasons = [cell.reason for cell in cells.values() if cell.reason]
     number = {reason: n for n, reason in enumerate(dict.fromkeys(reasons), 1)}
 
@@ -92,10 +97,14 @@ def page(cells: dict[tuple[str, str], Cell], rows: list[str], columns: list[str]
         "transformers": transformers.__version__,
         "torch": torch.__version__.partition("+")[0],
     }
-    passed = sum(cell.status == "passed" for cell in cells.values())
-    lines = [HEAD.format(tolerance=TOLERANCE, **versions) + f"{passed} of {len(cells)} cells passed.", ""]
-    lines += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {row} | " + " | ".join(shown(cells[row, column]) for column in columns) + " |" for row in rows]
+    counts = ", ".join(f"{sum(cell.status == s for cell in cells.values())} {s}" for s in ("passed", *SIGNS))
+    lines = [HEAD.format(tolerance=TOLERANCE, **versions) + f"{len(cells)} cells: {counts}."]
+    toys = {toy.name for toy in TOYS}
+    for table in ([k for k in cells if k[0] not in toys], [k for k in cells if k[0] in toys]):
+        rows, columns = (list(dict.fromkeys(key[i] for key in table)) for i in (0, 1))
+        if rows:
+            lines += ["", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        lines += [f"| {row} | " + " | ".join(shown(cells[row, column]) for column in columns) + " |" for row in rows]
     lines += ["", "## Notes", ""] + [f"{n}. {_escaped(reason)}" for reason, n in number.items()]
     return "\n".join(lines) + "\n"
 

@@ -76,7 +76,10 @@ def back_trip(architecture: Architecture, options: dict, folder: Path) -> float:
     resolved = json.loads((folder / "peft" / "adapter_config.json").read_text())
     if resolved["target_parameters"]:  # PEFT's "all-linear" also takes fused experts; Veneer has them named
         options = options | {key: resolved[key] for key in ("target_parameters", "rank_pattern", "alpha_pattern")}
-    mine = attach(architecture, options)
+    try:
+        mine = attach(architecture, options)
+    except Refused as reason:
+        raise Refused(f"{reason} (a new adapter; PEFT's file loads and passed)") from None
     compare.randomise_parameters(veneer.get_bank(mine).parameters("default"), seed=1)
     scores, loss = compare.answer(mine, batch, backward=True)
     veneer.save_adapter(mine, folder / "attached")

@@ -205,13 +205,13 @@ ARCHITECTURES = [
     _causal("Qwen3", _decoder("Qwen3")),
     _causal(
         "Qwen3-MoE",
-        _decoder("Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True),
+        _decoder("Qwen3Moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True),
         experts=EXPERTS,
         targets=ATTENTION,
     ),
     _causal(
         "Mixtral",
-        _decoder("Mixtral", num_local_experts=3, num_experts_per_tok=2, sliding_window=None),
+        _decoder("Mixtral", num_local_experts=5, num_experts_per_tok=2, sliding_window=None),
         experts=EXPERTS,
         targets=ATTENTION,
     ),

@@ -140,7 +140,7 @@ def put_on(
         pairs = _without_tied_copies(model, pairs)
     if not (pairs or rows):
         raise AdapterFormatError(f"{source}: {TENSORS} holds no lora_A/lora_B pair")
-    _check_targets(model, fields, pairs, parts, source)
+    _check_targets(model, fields, config, pairs, parts, source)
     targets = [_target(path, *parts[path], pairs[path], config, source) for path in parts if path in pairs]
     twice = {f"{t.name}.out_proj" for t in targets if t.kind == "attention"}  # see peft_tensors.stored_factor
     starts = [
@@ -231,7 +231,9 @@ def _without_tied_copies(model: nn.Module, pairs: dict[str, dict[str, Tensor]]) 
     return {path: pair for path, pair in pairs.items() if path != name}
 
 
-def _check_targets(model: nn.Module, fields: dict[str, Any], pairs: dict, parts: dict, source: object) -> None:
+def _check_targets(
+    model: nn.Module, fields: dict[str, Any], config: AdapterConfig, pairs: dict, parts: dict, source: object
+) -> None:
     unknown = [name for name in pairs if name not in parts]
     if unknown:
         raise AdapterFormatError(
@@ -240,6 +242,7 @@ def _check_targets(model: nn.Module, fields: dict[str, Any], pairs: dict, parts:
     expected = peft_targets(model, fields)
     if expected is None:
         return
+    expected = {name for name in expected if not _is_kept(f"{name}.weight", config)}  # kept whole wins, as in PEFT
     expected |= {name for name, (_, kind) in parts.items() if kind == "parameter"}
     expected |= {f"{name}.out_proj" for name in expected if parts[name][1] == "attention"}
     missing, extra = [n for n in expected if n not in pairs], [n for n in pairs if n not in expected]
