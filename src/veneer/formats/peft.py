@@ -141,7 +141,9 @@ def put_on(
     if not (pairs or rows):
         raise AdapterFormatError(f"{source}: {TENSORS} holds no lora_A/lora_B pair")
     _check_targets(model, fields, config, pairs, parts, source)
-    targets = [_target(path, *parts[path], pairs[path], config, source) for path in parts if path in pairs]
+    owner = {f"{path}.out_proj": path for path, (_, kind) in parts.items() if kind == "attention"}
+    ranks = {path: rank_and_alpha(owner.get(path, path), config) for path in pairs if path in parts}
+    targets = [_target(path, *parts[path], pairs[path], ranks[path], config, source) for path in parts if path in pairs]
     twice = {f"{t.name}.out_proj" for t in targets if t.kind == "attention"}  # see peft_tensors.stored_factor
     starts = [
         Start(pairs[t.name]["lora_A"], pairs[t.name]["lora_B"], rank=t.rank, alpha=t.alpha * (1 + (t.name in twice)))
@@ -252,9 +254,15 @@ def _check_targets(
 
 
 def _target(
-    name: str, module: nn.Module, kind: str, pair: dict[str, Tensor], config: AdapterConfig, source: object
+    name: str,
+    module: nn.Module,
+    kind: str,
+    pair: dict[str, Tensor],
+    rank: tuple[int, float],
+    config: AdapterConfig,
+    source: object,
 ) -> Target:
-    target = Target(name, module, *rank_and_alpha(name, config), kind)
+    target = Target(name, module, *rank, kind)
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.dora else set())
     wanted |= {"lora_bias"} if config.lora_bias else set()
     if pair.keys() != wanted:
