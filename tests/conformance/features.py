@@ -364,9 +364,9 @@ def patterns(architecture: Architecture, names: list[str]) -> dict:
     return {
         "use_rslora": True,
         "rank_pattern": {first.replace(".0.", r"\.[0]\."): 6} | dict.fromkeys(others, 2),
-        "alpha_pattern": {last: 7} | dict.fromkeys(others, 5),
+        "alpha_pattern": {last: 5} | dict.fromkeys(others, 1),
         "r": 4,
-        "lora_alpha": 9,
+        "lora_alpha": 3,
     }
 
 
