@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from veneer.data.load import read_examples
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
+    from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
+    from veneer.interop.accelerate import accelerate, decelerate
+    from veneer.interop.from_peft import from_peft
     from veneer.training.loop import Trainer, train
 
 _WHERE = {
@@ -36,8 +39,12 @@ _WHERE = {
     "read_examples": "data.load",
     "prepare": "data.prepare",
     "VeneerError": "errors",
+    "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
+    "accelerate": "interop.accelerate",
+    "decelerate": "interop.accelerate",
+    "from_peft": "interop.from_peft",
     "Trainer": "training.loop",
     "train": "training.loop",
 }

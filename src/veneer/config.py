@@ -13,13 +13,28 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from veneer import combinations
 from veneer.errors import ConfigError
+
+Quant = Literal["none", "nf4", "fp4", "int8", "int8-torchao", "int4-torchao", "hqq"]
 
 
 class Section(BaseModel):
     """Base of the configuration classes: unknown keys are errors, and errors are `ConfigError`."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        """A section whose keys are all commented out reads as null: it has its defaults."""
+        if not isinstance(values, dict):
+            return values
+        empty = {k for k, v in values.items() if v is None and k in cls.model_fields}
+        empty = {
+            k for k in empty if isinstance(kind := cls.model_fields[k].annotation, type) and issubclass(kind, Section)
+        }
+        return {k: v for k, v in values.items() if k not in empty or cls.model_fields[k].is_required()}
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -58,6 +73,31 @@ class InitOptions(Section):
     scaling, or as it comes."""
     lora_ga_gamma: float = Field(16.0, gt=0)
     """Gamma of the scale "stable": a larger one starts smaller."""
+
+
+def _checked(config: Any, rules: list[combinations.Rule]) -> Any:
+    if reason := combinations.conflict(config, rules):
+        raise ConfigError(reason)
+    return config
+
+
+class AdaLoraConfig(Section):
+    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): start at `adapter.rank`, end at `target_rank` on average."""
+
+    target_rank: int = Field(8, ge=1)
+    """Mean rank over the modules at the end; `adapter.rank`, above it, is what each starts with (1.5 times: good)."""
+    tinit: float = Field(0.1, ge=0)
+    """Steps at the full rank before ranks fall; below 1: a share of all steps."""
+    tfinal: float = Field(0.3, ge=0)
+    """Last steps, in which the ranks stay as they are; below 1: a share of all steps."""
+    deltaT: int = Field(1, ge=1)
+    """Steps between two allocations of the ranks."""
+    beta1: float = Field(0.85, gt=0, lt=1)
+    """Decay of the averaged sensitivity |w·∂L/∂w|."""
+    beta2: float = Field(0.85, gt=0, lt=1)
+    """Decay of its averaged uncertainty."""
+    orthogonality: float = Field(0.5, ge=0)
+    """Weight of the regulariser that keeps the factors orthonormal (PEFT's orth_reg_weight)."""
 
 
 class AdapterConfig(Section):
@@ -112,6 +152,14 @@ class AdapterConfig(Section):
     """Settings of the initialisation."""
     dtype: Literal["float32", "base"] = "float32"
     """Storage of the adapter's weights; arithmetic is in the base's compute dtype either way."""
+    lora_fa: bool = False
+    """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it starts, only B is trained; less memory."""
+    adalora: AdaLoraConfig | None = None
+    """AdaLoRA: let training spread the rank over the modules; keys target_rank, tinit, tfinal, deltaT, …"""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> AdapterConfig:
+        return _checked(self, combinations.ADAPTER)
 
     @field_validator("exclude_modules")
     @classmethod
@@ -124,13 +172,6 @@ class AdapterConfig(Section):
     def _adapts_something(self) -> AdapterConfig:
         if not (self.target_modules or self.target_parameters or self.trainable_tokens or self.new_tokens):
             raise ValueError("target_modules is empty, and so are target_parameters, trainable_tokens and new_tokens")
-        if self.target_parameters and (self.dora or self.lora_bias or self.dropout or self.invocation):
-            raise ValueError(
-                "target_parameters go without dora, lora_bias, dropout and invocation: drop one of the two"
-            )
-        if self.dora and (self.invocation or self.lora_bias):
-            other = "invocation (aLoRA)" if self.invocation else "lora_bias"
-            raise ValueError(f"{other} is not defined with dora: drop one of the two")
         return self
 
     @field_validator("rank_pattern")
@@ -195,6 +236,10 @@ class OptimConfig(Section):
     """Peak learning rate; LoRA wants about ten times full fine-tuning's."""
     lora_plus_ratio: float = Field(1.0, gt=0)
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): learning rate of B over that of A."""
+    lora_plus_embedding_lr: float | None = Field(None, gt=0)
+    """LoRA+'s peak learning rate of adapted embeddings (PEFT's is 1e-6); absent: as for any other factors."""
+    lora_fa_correction: bool = True
+    """With adapter.lora_fa: correct B's gradient by (A Aᵀ)⁻¹/s², so that ΔW follows full fine-tuning the nearest."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -257,6 +302,9 @@ class TrainConfig(Section):
     """How it is trained."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Base weights and arithmetic; auto: float32 on a CPU, bfloat16 on a GPU that has it."""
+    quant: Quant = "none"
+    """Hold the base's linears in fewer bits (docs/quantised.md): nf4 (QLoRA, arXiv:2305.14314), fp4, int8,
+    int8-torchao, int4-torchao, hqq. Embeddings, norms and the output head keep their dtype."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -267,9 +315,11 @@ class TrainConfig(Section):
     def _shorthands(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("data"), (str, list)):
             values = {**values, "data": {"train": values["data"]}}
-        if isinstance(values, dict):  # a section whose keys are all commented out reads as null
-            values = {k: v for k, v in values.items() if v is not None or k not in ("adapter", "train")}
         return values
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> TrainConfig:
+        return _checked(self, combinations.RUN)
 
     @classmethod
     def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> TrainConfig:

@@ -14,11 +14,13 @@ from torch import nn
 
 from conftest import tiny_llama
 from veneer.adapter.attach import attach, attach_blank, detach
+from veneer.adapter.frozen import weight_of
 from veneer.adapter.init import DATA_DRIVEN, start
 from veneer.adapter.init.calibration import Covariance, collect_inputs, weight_gradients
 from veneer.adapter.init.eva import StreamedPCA, redistribute
 from veneer.adapter.init.spectral import corda, loftq, lora_ga, low_rank_svd, olora, pissa
 from veneer.adapter.targets import select
+from veneer.base.quant import quantise
 from veneer.config import AdapterConfig, TrainConfig
 from veneer.errors import ConfigError
 
@@ -250,22 +252,23 @@ def test_models_start_where_the_base_stands():
             assert one.lora_A.shape == (RANK, weight.shape[1]) and one.lora_B.shape == (weight.shape[0], RANK)
 
 
-def test_loftq_is_computed_from_the_weights_before_quantisation(decaying_llama):
-    """Here: rounded to 16ths and kept as whole numbers of the model's own scale."""
-    config, original = AdapterConfig(rank=4, alpha=6, init="loftq"), {}
-    for target in select(decaying_llama, AdapterConfig(rank=4)):
-        original[target.name] = target.module.weight * 64
-        target.module.weight = nn.Parameter(original[target.name].round().to(torch.int8), requires_grad=False)
-    targets = select(decaying_llama, config)
-    for target, one in zip(targets, start(decaying_llama, targets, config, float_weights=original.get), strict=True):
-        error = original[target.name] - target.module.weight.float()
+def test_loftq_is_computed_from_the_weights_before_quantisation():
+    """W − Q of a real NF4 base, whose error after the start is that of the best rank-r approximation."""
+    pytest.importorskip("bitsandbytes")
+    model = tiny_llama(hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    config = AdapterConfig(rank=4, alpha=6, init="loftq")
+    original = {t.name: t.module.weight.detach().clone() for t in select(model, AdapterConfig(rank=4))}
+    model = quantise(model, "nf4", torch.float32, "cpu")
+    targets = select(model, config)
+    for target, one in zip(targets, start(model, targets, config, float_weights=original.get), strict=True):
+        error = original[target.name] - weight_of(target.module)
         left = torch.linalg.svdvals(error.double())[4:].square().sum().sqrt()
         assert not one.changes_base
         assert (error - 1.5 * one.lora_B @ one.lora_A).norm() == pytest.approx(float(left), rel=1e-3)
     with pytest.raises(ConfigError, match="needs the weights from before"):
-        start(decaying_llama, targets, config)
+        start(model, targets, config)
     with pytest.raises(ConfigError, match="q_proj is not what was quantised"):
-        start(decaying_llama, targets, config, float_weights=lambda name: -original[name])
+        start(model, targets, config, float_weights=lambda name: -original[name])
 
 
 def test_a_module_that_is_left_no_rank_is_not_adapted():

@@ -287,3 +287,34 @@ def test_detach_leaves_no_trace_of_any_kind():
     assert dict(model.named_modules()) == modules and torch.equal(logits(model), base)
     assert [(n, p.requires_grad) for n, p in model.named_parameters()] == flags
     assert not any(isinstance(m, AdaptedModule) for m in model.modules())
+
+
+def test_a_deep_copy_is_a_model_of_its_own():
+    """As trainers with a reference model make it: its bank steers the copy and leaves the original alone."""
+    import copy
+
+    model = tiny_llama()
+    base = logits(model)
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=3, invocation=[7, 8]))
+    veneer.attach(model, veneer.AdapterConfig(rank=2, trainable_tokens=[7], target_modules=["q_proj"]), name="two")
+    randomise(bank), randomise(bank, "two")
+    live = logits(model)
+    twin = copy.deepcopy(model)
+    own = veneer.get_bank(twin)
+    assert own.model is twin and own is not bank and torch.equal(logits(twin), live)
+    own.activate("default")
+    alone = logits(twin)
+    assert not torch.equal(alone, live) and torch.equal(logits(model), live)
+    own.activate("two")
+    own.merge()
+    torch.testing.assert_close(logits(copy.deepcopy(twin)), live, rtol=1e-4, atol=1e-5)
+    again = copy.deepcopy(twin)
+    veneer.detach(again)
+    assert torch.equal(logits(again), base)
+    veneer.detach(twin)
+    assert torch.equal(logits(twin), base) and "save_pretrained" not in twin.__dict__
+    assert torch.equal(logits(model), live) and "save_pretrained" in model.__dict__
+    bank.activate("default")
+    assert torch.equal(logits(model), alone)
+    with pytest.raises(AdapterStateError, match="copy the model"):
+        copy.deepcopy(bank)

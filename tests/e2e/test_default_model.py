@@ -65,3 +65,16 @@ def test_a_run_teaches_it_and_peft_gives_the_same_logits(base, tmp_path):
     with torch.no_grad():
         one, two = model(ids).logits, theirs(ids).logits
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * float(two.abs().max()))
+
+
+def test_it_answers_in_nf4_and_learns_there(tmp_path):
+    model, tokenizer = veneer.load_base("smollm2-135m-instruct", quant="nf4", device="cpu")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    (answer,) = veneer.generate(model, tokenizer, [question], max_new_tokens=20)
+    assert "Paris" in answer.text
+    seen = []
+    options = {"lr": 1e-3, "max_steps": 4, "batch_size": 4, "warmup": 0}
+    config = {"model": "smollm2-135m-instruct", "data": "bundled", "device": "cpu", "quant": "nf4", "train": options}
+    veneer.train(config | {"out": str(tmp_path / "run")}, observe=seen.append)
+    losses = [r["loss"] for r in seen if r["type"] == "train"]
+    assert losses[-1] < 0.7 * losses[0]

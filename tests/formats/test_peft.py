@@ -46,6 +46,7 @@ CASES = {
     ),
     "saved-head": ({}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"]}),
     "saved-norm": ({}, {"modules_to_save": ["model.norm"]}, {"modules_to_save": ["model.norm"]}),
+    "saved-norms": ({}, {"modules_to_save": ["norm"]}, {"modules_to_save": ["norm"]}),  # to PEFT: all that end so
     "gaussian": ({}, {"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
     "dropout": ({}, {"dropout": 0.3}, {"lora_dropout": 0.3}),
 }

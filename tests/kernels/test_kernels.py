@@ -48,12 +48,41 @@ def test_lora_linear(shape, d_in, d_out, rank, dtype, bias):
         assert_as_good(f, n, t, dtype)
 
 
-def test_lora_linear_gradcheck():
+@pytest.mark.parametrize("frozen", [(), (0,), (2,), (3,), (0, 1, 2), (1, 2, 3)])
+def test_lora_linear_gradcheck(frozen):
     torch.manual_seed(1)
     x, w, b = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64), torch.randn(4).double()
     lora_A, lora_B = torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
-    inputs = [t.requires_grad_() for t in (x, b, lora_A, lora_B)]
+    inputs = [t.requires_grad_(i not in frozen) for i, t in enumerate((x, b, lora_A, lora_B))]
     assert torch.autograd.gradcheck(lambda x, b, a, c: dispatch.lora_linear(x, w, b, a, c, 1.3, impl="fast"), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", ["AB", "B", ""])
+def test_lora_linear_with_a_frozen_A_keeps_the_low_rank_product_in_place_of_x(dtype, trained):
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 41, 252, dtype=dtype, requires_grad=True), torch.randn(57, 252, dtype=dtype)
+    lora_A, lora_B = torch.randn(3, 252, requires_grad="A" in trained), torch.randn(57, 3, requires_grad="B" in trained)
+    kept = []
+
+    def keep(t):
+        if not any(t.data_ptr() == other.data_ptr() for other in (w, lora_A, lora_B)):
+            kept.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = dispatch.lora_linear(x, w, None, lora_A, lora_B, 0.7, impl="fast")
+    assert kept == {"AB": [82 * 252], "B": [82 * 3], "": []}[trained]
+    upstream = torch.randn(y.shape).to(dtype)
+    fast = torch.autograd.grad(y, [t for t in (x, lora_B) if t.requires_grad], upstream)
+    naive_x, naive_b = (t.detach().requires_grad_(t.requires_grad) for t in (x, lora_B))
+    y = dispatch.lora_linear(naive_x, w, None, lora_A, naive_b, 0.7, impl="reference")
+    naive = torch.autograd.grad(y, [t for t in (naive_x, naive_b) if t.requires_grad], upstream)
+    exact_x, exact_b = (t.detach().double().requires_grad_(t.requires_grad) for t in (x, lora_B))
+    y = reference.lora_linear(exact_x, w.double(), None, lora_A.double(), exact_b, 0.7)
+    truth = torch.autograd.grad(y, [t for t in (exact_x, exact_b) if t.requires_grad], upstream.double())
+    for f, n, t in zip(fast, naive, truth, strict=True):
+        assert_as_good(f, n, t, dtype)
 
 
 def test_lora_linear_gives_the_frozen_weight_no_gradient_and_refuses_a_trained_one():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import veneer
 from conftest import tiny_llama
-from veneer.config import TrainConfig
+from veneer.config import AdapterConfig, TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.errors import RunError, TrainingDiverged
 from veneer.training import loop, state
@@ -191,7 +191,7 @@ def test_dropout_run_resumes_bit_for_bit_in_process(model_dir, chat_file, tmp_pa
 
 CHILD = """
 import sys, torch, veneer
-from veneer.config import TrainConfig
+from veneer.config import AdapterConfig, TrainConfig
 torch.set_num_threads(1)
 c = TrainConfig.load(sys.argv[1])
 veneer.train(c, resume=sys.argv[2] == "resume", observe=lambda r: print(r["type"], r.get("step"), flush=True))
@@ -348,3 +348,85 @@ def test_schedules():
         lr_factor(10, 10, 0, "constant") == 1 and 0 < lr_factor(10, 10, 0, "cosine") < lr_factor(5, 10, 0, "cosine") < 1
     )
     assert warmup_steps(0.1, 50) == 5 and warmup_steps(7, 50) == 7 and warmup_steps(70, 50) == 50
+
+
+VARIANTS = {
+    "adalora": {"rank": 6, "adalora": {"target_rank": 3, "tinit": 2, "tfinal": 6}},
+    "lora_fa": {"rank": 4, "lora_fa": True},
+}
+
+
+def variant(name, model_dir, chat_file, out, **train):
+    plain = config(model_dir, chat_file, out, **train)
+    return plain.model_copy(update={"adapter": AdapterConfig(dropout=0.1, **VARIANTS[name])})
+
+
+def test_adalora_killed_and_resumed_ends_in_the_same_bytes(model_dir, chat_file, tmp_path):
+    plain, killed = tmp_path / "plain", tmp_path / "killed"
+    options = {"epochs": 6, "save_every": 1}
+    assert veneer.train(variant("adalora", model_dir, chat_file, plain, **options)).steps == 18
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text(variant("adalora", model_dir, chat_file, killed, **options).to_yaml())
+    for how, after in (("start", 7), ("resume", 13)):  # while the ranks fall, and after
+        process = child(yaml, how)
+        for line in process.stdout:
+            if line.startswith("train") and int(line.split()[1]) >= after:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    veneer.train(variant("adalora", model_dir, chat_file, killed, **options), resume=True)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (plain / "adapter" / file).read_bytes() == (killed / "adapter" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name, at", [("adalora", at) for at in (1, 5, 11, 12, 17)] + [("lora_fa", 2)])
+def test_variants_interrupted_and_resumed_end_in_the_same_bytes(name, at, model_dir, chat_file, tmp_path, monkeypatch):
+    plain, stopped = tmp_path / "plain", tmp_path / "stopped"
+    steps = {"max_steps": 18, "epochs": 6} if name == "adalora" else {"max_steps": 4}
+    veneer.train(variant(name, model_dir, chat_file, plain, **steps))
+    step = loop.Trainer._step
+
+    def interrupt(self, setup, state, total):
+        self._interrupted = int(state.step == at)
+        return step(self, setup, state, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_step", interrupt)
+        assert veneer.train(variant(name, model_dir, chat_file, stopped, **steps)).stopped == "interrupted"
+    result = veneer.train(variant(name, model_dir, chat_file, stopped, **steps), resume=True)
+    assert result.stopped == "finished"
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (plain / "adapter" / file).read_bytes() == (stopped / "adapter" / file).read_bytes()
+    assert veneer.train(variant(name, model_dir, chat_file, stopped, **steps), resume=True).steps == result.steps
+    assert final(plain) == final(stopped)
+
+
+def test_adalora_ends_at_its_budget_and_says_what_it_dropped(model_dir, chat_file, tmp_path):
+    seen = []
+    trainer = loop.Trainer(variant("adalora", model_dir, chat_file, tmp_path / "run", epochs=6), observe=seen.append)
+    trainer.run()
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    ranks = [value.shape[0] for key, value in saved.items() if key.endswith("lora_A.weight")]
+    assert sum(ranks) == 3 * 14 and len(set(ranks)) > 1
+    notes = [r["text"] for r in seen if r["type"] == "note"]
+    assert any(f"{sum(ranks)} in all" in note for note in notes)
+    assert any("kept no rank" in note for note in notes) == (len(ranks) < 14)
+    model, _ = veneer.load_base(model_dir)
+    veneer.load_adapter(model, tmp_path / "run" / "adapter")
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(model.eval()(ids).logits, trainer.model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_adalora_with_too_few_steps_is_refused_before_anything_is_written(model_dir, chat_file, tmp_path):
+    with pytest.raises(veneer.VeneerError, match="leave none of the run's 6"):
+        veneer.train(variant("adalora", model_dir, chat_file, tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_lora_fa_leaves_A_as_it_was(model_dir, chat_file, tmp_path):
+    for steps, out in ((1, "short"), (6, "long")):
+        veneer.train(variant("lora_fa", model_dir, chat_file, tmp_path / out, max_steps=steps))
+    short, long = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("short", "long"))
+    for key in short:
+        assert torch.equal(short[key], long[key]) == ("lora_A" in key), key

@@ -56,12 +56,11 @@ class Bank:
         self._originals: dict[str, nn.Module | nn.Parameter] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
-        """Copied with its model, it is the copy's bank: switching an adapter there leaves the original alone."""
-        new = memo[id(self)] = copy.copy(self)
-        new._model = ref(memo.get(id(self.model), self.model))
-        for key, value in self.__dict__.items():
-            if key != "_model":
-                setattr(new, key, copy.deepcopy(value, memo))
+        """The bank of the copied model; a bank is copied with its model only."""
+        if id(self.model) not in memo:
+            raise AdapterStateError("a bank is part of its model: copy the model (copy.deepcopy(model))")
+        new = memo[id(self)] = Bank(memo[id(self.model)])
+        new.__dict__ |= {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_model"}
         return new
 
     @property

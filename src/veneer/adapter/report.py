@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
+
+from torch import nn
+
+from veneer.adapter.frozen import is_quantised, shape_of
 
 if TYPE_CHECKING:
     from veneer.adapter.bank import Bank
@@ -37,11 +42,11 @@ def count(bank: Bank, name: str) -> AttachReport:
     trained = bank.parameters(name)
     mine = {id(p) for p in trained.values()}
     with bank.disabled():
-        total = sum(p.numel() for key, p in bank.model.named_parameters() if ".lora_" not in key and id(p) not in mine)
+        total = _base_size(bank.model, mine)
     groups: dict[tuple, list[str]] = defaultdict(list)
     for path in bank.entries[name].targets:
         layer = bank.layers[path]
-        own = sum(p.numel() for p in layer.trained(name).values())
+        own = sum(p.numel() for p in layer.trained(name).values() if p.requires_grad)
         groups[path.rsplit(".", 1)[-1], layer.rank[name], layer.d_out, layer.d_in, own].append(path)
     targets = tuple(
         {
@@ -54,6 +59,15 @@ def count(bank: Bank, name: str) -> AttachReport:
         }
         for (leaf, rank, d_out, d_in, own), paths in groups.items()
     )
-    count = sum(p.numel() for p in trained.values())
+    count = sum(p.numel() for p in trained.values() if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in trained.values())
-    return AttachReport(count, total + count, size, len(bank.entries[name].targets), targets)
+    total += sum(p.numel() for p in trained.values())
+    return AttachReport(count, total, size, len(bank.entries[name].targets), targets)
+
+
+def _base_size(model: nn.Module, trained: set[int]) -> int:
+    """Parameters of the base; a quantised weight counts as what it stands for, not as its packed words."""
+    linears = [module for module in model.modules() if is_quantised(module)]
+    packed = {id(p) for module in linears for name, p in module._parameters.items() if name != "bias"}
+    own = [p for name, p in model.named_parameters() if ".lora_" not in name and id(p) not in trained | packed]
+    return sum(p.numel() for p in own) + sum(prod(shape_of(module)) for module in linears)

@@ -206,6 +206,8 @@ def check_module(target: Target, config: AdapterConfig) -> None:
         reason = "torch computes its projections itself, so there is no input to drop from: use dropout: 0"
     elif target.kind == "conv" and target.rank % module.groups:
         reason = f"rank {target.rank} is no multiple of its {module.groups} groups"
+    if reason is None and config.lora_fa and target.kind == "embedding":
+        reason = "lora_fa freezes A, and an embedding's A starts at 0, so nothing would be learnt"
     if reason is None and config.invocation and target.kind != "linear":
         reason = f"invocation (aLoRA) is defined for linears only, not for {type(module).__name__}"
     if reason is None:

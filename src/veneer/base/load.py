@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from veneer.base import quant as quantisation
 from veneer.base.catalog import CATALOG, fetch
 from veneer.base.quiet import quiet_transformers
 from veneer.errors import BaseModelError, ConfigError
@@ -25,11 +26,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """Where a base came from: the name that the user gave, and the directory or hub id it was read from."""
+    """Where a base came from: the name that the user gave, and the directory or hub id it was read from.
+
+    `quant` is how its linears are quantised: what `load_base` was asked for, or the method of a base stored so.
+    """
 
     name_or_path: str
     source: str
     revision: str | None = None
+    quant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,38 +53,62 @@ def load_base(
     chat_template: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quant: str | None = None,
 ) -> tuple[Any, Any]:
     """A frozen causal language model in eval mode, and its tokenizer.
 
     `name_or_path` is a name of the catalogue, a directory, a GGUF file or a hub id. dtype "auto" is float32 on a CPU,
-    bfloat16 on a GPU that has it, else float16. Raises `BaseModelError` (not found, damaged, hub out of reach: within
-    10 seconds) and `ConfigError` (dtype, device, template file).
+    bfloat16 on a GPU that has it, else float16. `quant` quantises the linears but the output head: nf4, fp4, int8
+    (bitsandbytes), int8-torchao, int4-torchao, hqq; arithmetic and everything else stay in dtype. A base that is stored
+    quantised (GPTQ, AWQ, bitsandbytes, …) takes no `quant`. Raises `BaseModelError` (not found, damaged, a library is
+    missing, hub out of reach: within 10 seconds) and `ConfigError` (dtype, device, quant, template file).
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     place = pick_device(device)
     kind = pick_dtype(dtype, place)
     source = locate(str(name_or_path), revision)
     tokenizer = _tokenizer(source, str(name_or_path), chat_template, trust_remote_code)
-    options = source.options | {"trust_remote_code": trust_remote_code}
+    quant = quantisation.check_quant(quant, place, kind)
+    stored = quantisation.stored_method(source.where)
+    if stored:
+        if quant:
+            raise ConfigError(f"{name_or_path} is stored quantised already ({stored}): leave quant out")
+        if stored in quantisation.NEEDED_BY:
+            quantisation.need_extra(quantisation.NEEDED_BY[stored], f"{name_or_path} is quantised with {stored}, which")
+    options = source.options | {"trust_remote_code": trust_remote_code, "dtype": kind}
     with quiet_transformers(), _one_line(str(name_or_path), "model"):
-        model, notes = AutoModelForCausalLM.from_pretrained(
-            source.where, dtype=kind, output_loading_info=True, **options
-        )
+        if quant == "hqq" or quant and "gguf_file" in options:  # transformers quantises neither while it loads
+            model = quantisation.quantise(_read(source.where, options, str(name_or_path)), quant, kind, place)
+        elif quant or stored:
+            more = {"quantization_config": quantisation.transformers_config(quant, kind)} if quant else {}
+            model = _read(source.where, options | more | {"device_map": {"": place}}, str(name_or_path))
+        else:
+            model = _read(source.where, options, str(name_or_path))
+    if not getattr(model, "hf_device_map", None):
+        model.to(torch.device(place))
+    if quant:
+        quantisation.unmap(model)
+    quantisation.steady(model)
+    model.requires_grad_(False)
+    model.eval()
+    model.veneer_base = BaseInfo(str(name_or_path), source.where, revision, quant or stored)
+    return model, tokenizer
+
+
+def _read(where: str, options: dict[str, Any], name: str) -> Any:
+    """from_pretrained, with every weight accounted for."""
+    from transformers import AutoModelForCausalLM
+
+    model, notes = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
     if notes.get("missing_keys"):
         missing = sorted(notes["missing_keys"])
-        raise BaseModelError(f"{name_or_path}: {len(missing)} weights are missing, first {missing[0]}")
+        raise BaseModelError(f"{name}: {len(missing)} weights are missing, first {missing[0]}")
     if "gguf_file" in options:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    if not getattr(model, "hf_device_map", None):
-        model.to(torch.device(place))
-    model.requires_grad_(False)
-    model.eval()
-    model.veneer_base = BaseInfo(str(name_or_path), source.where, revision)
-    return model, tokenizer
+    return model
 
 
 def load_tokenizer(

@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.common import Device, Dtype, Force, MaxNewTokens, Model, Seed, Temperature, TopP, err, open_adapter
+from veneer.cli.common import (
+    Device,
+    Dtype,
+    Force,
+    MaxNewTokens,
+    Model,
+    Quant,
+    Seed,
+    Temperature,
+    TopP,
+    err,
+    open_adapter,
+)
 from veneer.errors import ConfigError, DataError
 
 HELP = "commands: /compare toggles the base beside the adapter · /system TEXT · /reset · /quit"
@@ -33,6 +45,7 @@ def command(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quant: Quant = None,
     force: Force = False,
 ) -> None:
     """Talk to a model in the terminal; tokens appear as they are made."""
@@ -41,9 +54,9 @@ def command(
     if path is None and model is None:
         raise ConfigError("give a run or adapter directory, or --model")
     if path is None:
-        loaded, tokenizer = load_base(model, device=device, dtype=dtype)
+        loaded, tokenizer = load_base(model, device=device, dtype=dtype, quant=quant)
     else:
-        opened = open_adapter(path, model, device=device, dtype=dtype, force=force)
+        opened = open_adapter(path, model, device=device, dtype=dtype, quant=quant, force=force)
         loaded, tokenizer = opened.model, opened.tokenizer
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     Chat(loaded, tokenizer, adapted=path is not None, compare=compare, system=system, options=options).run()

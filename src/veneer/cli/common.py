@@ -20,6 +20,8 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+QUANT_HELP = "Quantise the base: nf4, fp4, int8, int8-torchao, int4-torchao, hqq or none."
+Quant = Annotated[str | None, typer.Option(help=QUANT_HELP + " Default: as in the run.")]
 Force = Annotated[bool, typer.Option("--force", help="Use the adapter even on another base than it was trained on.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
@@ -55,15 +57,21 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     raise AdapterFormatError(f"{path} is neither a run (config.yaml) nor an adapter (adapter_config.json)")
 
 
-def open_adapter(path: Path, model: str | None, *, device: str, dtype: str, force: bool) -> Opened:
-    """Load an adapter on its base (`model` overrides which)."""
+def open_adapter(
+    path: Path, model: str | None, *, device: str, dtype: str, force: bool, quant: str | None = None
+) -> Opened:
+    """Load an adapter on its base (`model` overrides which), quantised as its run was (`quant` overrides how)."""
     from veneer.base.load import load_base
     from veneer.config import TrainConfig
     from veneer.formats.peft import load_adapter
 
     adapter, run = locate(path)
-    template = TrainConfig.load(run / "config.yaml").data.chat_template if run else None
-    base, tokenizer = load_base(model or base_of(adapter), device=device, dtype=dtype, chat_template=template)
+    config = TrainConfig.load(run / "config.yaml") if run else None
+    template = config.data.chat_template if config else None
+    quant = quant or (config.quant if config else None)
+    base, tokenizer = load_base(
+        model or base_of(adapter), device=device, dtype=dtype, quant=quant, chat_template=template
+    )
     load_adapter(base, adapter, force=force, trainable=False, tokenizer=tokenizer)
     base.eval()
     return Opened(base, tokenizer, adapter, run)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from veneer.cli.common import Device, Dtype, Force, Model, err, open_adapter
+from veneer.cli.common import Device, Dtype, Force, Model, Quant, err, open_adapter
 from veneer.errors import ConfigError
 
 
@@ -30,6 +30,7 @@ def command(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quant: Quant = None,
     force: Force = False,
 ) -> None:
     """Score an adapter against its base on held-out examples, side by side."""
@@ -38,7 +39,7 @@ def command(
     from veneer.files import write_text
     from veneer.training.score import score, subset
 
-    opened = open_adapter(path, model, device=device, dtype=dtype, force=force)
+    opened = open_adapter(path, model, device=device, dtype=dtype, quant=quant, force=force)
     config = TrainConfig.load(opened.run / "config.yaml") if opened.run else None
     options = DataConfig(train=data or "unused", heldout=data) if data or not config else config.data
     if data is None and not (config and (options.heldout or options.heldout_fraction)):

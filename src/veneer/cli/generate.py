@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli.common import Device, Dtype, Force, MaxNewTokens, Model, Seed, Temperature, TopP, err, open_adapter
+from veneer.cli.common import (
+    Device,
+    Dtype,
+    Force,
+    MaxNewTokens,
+    Model,
+    Quant,
+    Seed,
+    Temperature,
+    TopP,
+    err,
+    open_adapter,
+)
 from veneer.errors import ConfigError, DataError
 
 
@@ -32,6 +44,7 @@ def command(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quant: Quant = None,
     force: Force = False,
 ) -> None:
     """Answer one prompt, or a file of prompts as JSON lines."""
@@ -45,9 +58,9 @@ def command(
     from veneer.files import write_text
 
     if path is None:
-        loaded, tokenizer = load_base(model, device=device, dtype=dtype)
+        loaded, tokenizer = load_base(model, device=device, dtype=dtype, quant=quant)
     else:
-        opened = open_adapter(path, model, device=device, dtype=dtype, force=force)
+        opened = open_adapter(path, model, device=device, dtype=dtype, quant=quant, force=force)
         loaded, tokenizer = opened.model, opened.tokenizer
     chats = [_chat(p, system, raw or not tokenizer.chat_template) for p in asked]
     answers = generate(

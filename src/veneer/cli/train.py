@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from veneer.cli.common import err, parse_settings
+from veneer.cli.common import QUANT_HELP, err, parse_settings
 from veneer.errors import ConfigError, RunError
 
 FLAGS = {
@@ -21,6 +21,18 @@ FLAGS = {
     "rank": "adapter.rank",
     "alpha": "adapter.alpha",
     "targets": "adapter.target_modules",
+    "target_parameters": "adapter.target_parameters",
+    "rslora": "adapter.rslora",
+    "dora": "adapter.dora",
+    "lora_bias": "adapter.lora_bias",
+    "lora_fa": "adapter.lora_fa",
+    "lora_plus": "train.lora_plus_ratio",
+    "adalora": "adapter.adalora.target_rank",
+    "init": "adapter.init",
+    "invocation": "adapter.invocation",
+    "trainable_tokens": "adapter.trainable_tokens",
+    "new_tokens": "adapter.new_tokens",
+    "tied_head": "adapter.tied_head",
     "lr": "train.lr",
     "epochs": "train.epochs",
     "max_steps": "train.max_steps",
@@ -30,8 +42,11 @@ FLAGS = {
     "chat_template": "data.chat_template",
     "device": "device",
     "dtype": "dtype",
+    "quant": "quant",
     "seed": "seed",
 }
+
+V = {"rich_help_panel": "Variants (docs/variants.md)"}
 
 
 def command(
@@ -49,6 +64,34 @@ def command(
     targets: Annotated[
         str | None, typer.Option(help="all-linear, attention, mlp, names with commas, or a regular expression.")
     ] = None,
+    target_parameters: Annotated[
+        list[str] | None, typer.Option(help="Fused parameters to adapt, e.g. experts.down_proj; may be repeated.", **V)
+    ] = None,
+    rslora: Annotated[bool | None, typer.Option("--rslora/--no-rslora", help="s = alpha / √rank.", **V)] = None,
+    dora: Annotated[bool | None, typer.Option("--dora/--no-dora", help="DoRA: train row norms apart.", **V)] = None,
+    lora_bias: Annotated[
+        bool | None, typer.Option("--lora-bias/--no-lora-bias", help="A trained bias after B.", **V)
+    ] = None,
+    lora_fa: Annotated[
+        bool | None, typer.Option("--lora-fa/--no-lora-fa", help="LoRA-FA: train B alone, in less memory.", **V)
+    ] = None,
+    lora_plus: Annotated[float | None, typer.Option(help="LoRA+: learning rate of B over A's.", **V)] = None,
+    adalora: Annotated[
+        int | None, typer.Option(help="AdaLoRA: mean rank at the end; training starts with --rank.", **V)
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="How A and B start: kaiming, gaussian, orthogonal, …", **V)] = None,
+    invocation: Annotated[
+        str | None, typer.Option(help="aLoRA: the text, or token ids with commas, from which on the adapter acts.", **V)
+    ] = None,
+    trainable_tokens: Annotated[
+        str | None, typer.Option(help="Token ids, with commas, whose embeddings are trained.", **V)
+    ] = None,
+    new_tokens: Annotated[
+        list[str] | None, typer.Option(help="A token to add to the vocabulary and train; may be repeated.", **V)
+    ] = None,
+    tied_head: Annotated[
+        str | None, typer.Option(help="An adapted embedding tied to the head: refuse, both or embedding.", **V)
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimiser steps.")] = None,
@@ -58,6 +101,7 @@ def command(
     chat_template: Annotated[str | None, typer.Option(help="File with a Jinja chat template.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    quant: Annotated[str | None, typer.Option(help=QUANT_HELP)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, e.g. train.pack=off.")
@@ -104,6 +148,9 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
     for key in ("data", "heldout"):
         if key in flags and len(flags[key]) == 1:
             flags[key] = flags[key][0]
+    for key in ("invocation", "trainable_tokens"):
+        if key in flags and flags[key].replace(",", "").replace(" ", "").isdecimal():
+            flags[key] = [int(part) for part in flags[key].split(",") if part.strip()]
     targets = flags.get("targets")
     if targets and ("," in targets or targets.replace("_", "").isalnum() and targets not in ("attention", "mlp")):
         flags["targets"] = [part.strip() for part in targets.split(",")]
@@ -125,15 +172,11 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
 
 
 def _dry_run(trainer: Any, config: Any) -> None:
-    from veneer.training.setup import check_out
-
-    check_out(trainer.out)
-    setup = trainer.validate()
-    bank = setup.attach(config)
+    trainer.dry_run()
     options = config.train
     print(config.to_yaml())
-    err.print(str(bank.report()))
-    err.print(f"{setup.total_steps(options)} steps of {options.batch_size} examples; all is valid, nothing was trained")
+    total = trainer.setup.total_steps(options)
+    err.print(f"{total} steps of {options.batch_size} examples; all is valid, nothing was trained")
 
 
 class Display:

@@ -74,7 +74,7 @@ def save_adapter(
 
 
 def base_record(model: nn.Module) -> dict[str, Any]:
-    """Which base a model is: where it came from and its fingerprint (kept after the first call)."""
+    """Which base a model is: where it came from, how it is quantised, and its fingerprint (kept after the first call)."""
     bank = model.__dict__.get(BANK)
     if bank is None:
         mark = fingerprint(model).as_dict()
@@ -85,7 +85,7 @@ def base_record(model: nn.Module) -> dict[str, Any]:
         mark = bank.fingerprint
     info = getattr(model, "veneer_base", None)
     name = info.name_or_path if info else getattr(getattr(model, "config", None), "_name_or_path", None)
-    return {"name_or_path": name or None, "fingerprint": mark}
+    return {"name_or_path": name or None, "quant": getattr(info, "quant", None), "fingerprint": mark}
 
 
 def load_adapter(
@@ -132,7 +132,7 @@ def put_on(
     source: object = "the adapter",
 ) -> Bank:
     """`load_adapter` from LoraConfig's fields and the tensors by PEFT's keys without the prefix; `source` is for errors."""
-    config = _without_absent_heads(model, adapter_config(fields, source), tensors)
+    config = _with_kept_modules(model, adapter_config(fields, source), tensors)
     factors, rows, rest = split(tensors)
     parts = _targetable(model, config, source)
     pairs = resolve_paths(factors, [n for n, (_, kind) in parts.items() if kind == "parameter"])
@@ -203,16 +203,20 @@ def check_base(model: nn.Module, path: Path, force: bool) -> None:
         )
 
 
-def _without_absent_heads(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> AdapterConfig:
-    """PEFT writes the names of all heads that a task may have; keep those that the model or the tensors have."""
+def _with_kept_modules(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> AdapterConfig:
+    """modules_to_save by full names.
+
+    PEFT takes every module whose name ends in an entry's letters ("norm": input_layernorm too), and writes the names of
+    all heads that a task may have: those that neither the model nor the tensors have are left out.
+    """
     names = [plain_name(name) for name, _ in model.named_modules()]
-
-    def there(entry: str) -> bool:
-        return any(n == entry or n.endswith(f".{entry}") for n in names) or any(
-            f".{entry}." in f".{k}" for k in tensors
-        )
-
-    return config.model_copy(update={"modules_to_save": [e for e in config.modules_to_save if there(e)]})
+    kept: dict[str, None] = {}
+    for entry in config.modules_to_save:
+        held = [n for n in names if n.endswith(entry) and any(key.startswith(f"{n}.") for key in tensors)]
+        whole = [n for n in names if n == entry or n.endswith(f".{entry}")]
+        unknown = [entry] if not (held or whole) and any(f".{entry}." in f".{key}" for key in tensors) else []
+        kept |= dict.fromkeys([*whole, *held, *unknown])
+    return config.model_copy(update={"modules_to_save": list(kept)})
 
 
 def _targetable(model: nn.Module, config: AdapterConfig, source: object) -> dict[str, tuple[nn.Module, str]]:

@@ -60,7 +60,7 @@ def peft_config(bank: Bank, name: str, base_name: str | None) -> dict[str, Any]:
         "layers_pattern": None,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "modules_to_save": config.modules_to_save or None,
+        "modules_to_save": list(entry.modules) or None,
         "init_lora_weights": INIT_NAMES.get(config.init, True),
         "fan_in_fan_out": any(type(bank.owner(path)).__name__ == "Conv1D" for path in modules),
         "lora_bias": config.lora_bias,

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from veneer.kernels import cross_entropy, lora, reference
+from veneer.kernels import cross_entropy, lora, quantised, reference
+from veneer.kernels.quantised import Dequantise
 
 Impl = Literal["auto", "fast", "reference"]
 
@@ -35,6 +36,21 @@ def lora_linear(
     """Frozen linear plus one adapter; see `veneer.kernels.reference.lora_linear`."""
     fast = _use_fast(impl, _frozen(x, weight), NOT_FROZEN)
     return (lora if fast else reference).lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+
+
+def quantised_lora_linear(
+    x: Tensor,
+    dequantise: Dequantise,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Frozen quantised linear plus one adapter; see `veneer.kernels.reference.quantised_lora_linear`."""
+    fast = _use_fast(impl, not torch.is_autocast_enabled(x.device.type), "autocast chooses dtypes")
+    return (quantised if fast else reference).quantised_lora_linear(x, dequantise, bias, lora_A, lora_B, scaling)
 
 
 def dora_linear(

@@ -5,7 +5,7 @@ Legend: B batch rows, T tokens, I input width, O output width, R rank, N supervi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,18 @@ def lora_linear(
     """
     update = F.linear(F.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
     return F.linear(x, weight, bias) + scaling * update
+
+
+def quantised_lora_linear(
+    x: Tensor,
+    dequantise: Callable[[torch.dtype], Tensor],
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    """`lora_linear` of the weight that `dequantise(dtype)` gives, (O, I); it gets no gradient (arXiv:2305.14314, eq. 5)."""
+    return lora_linear(x, dequantise(x.dtype).detach(), bias, lora_A, lora_B, scaling)
 
 
 def dora_linear(

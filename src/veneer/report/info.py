@@ -21,6 +21,7 @@ from veneer.report.page import progress, score_rows
 from veneer.report.run import RunFiles, is_run, mapping, read_run
 
 CONFIG, TENSORS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
+TOKENS = ".token_adapter.trainable_tokens_delta"
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 
 
@@ -39,6 +40,7 @@ class Info:
     targets: dict[str, int] = field(default_factory=dict)
     modules: int = 0
     modules_to_save: list[str] = field(default_factory=list)
+    tokens: int = 0
     parameters: int | None = None
     bytes: int | None = None
     dtypes: list[str] = field(default_factory=list)
@@ -105,8 +107,12 @@ def _lines(info: Info) -> list[tuple[str, str]]:
             ("scaling", _listed(info.scalings) + (f" ({', '.join(kinds)})" if kinds else "")),
             ("targets", ", ".join(f"{name} × {count}" for name, count in info.targets.items())),
             ("modules", text.number(info.modules)),
-            ("parameters", f"{text.number(info.parameters)} ({', '.join(info.dtypes)}), {text.size(info.bytes)}"),
         ]
+    if info.tokens:
+        lines.append(("trained tokens", text.number(info.tokens)))
+    if info.parameters:
+        size = f"{text.number(info.parameters)} ({', '.join(info.dtypes)}), {text.size(info.bytes)}"
+        lines.append(("parameters", size))
     elif info.kind == "run":
         lines.append(("adapter", "not saved yet"))
     if info.modules_to_save:
@@ -147,7 +153,8 @@ def _add_adapter(info: Info, path: Path) -> None:
             rest.append(key)
         elif found[3] == "A":
             ranks[found[1]] = shape[0]
-    if not ranks:
+    info.tokens = sum(shapes[key][0] for key in rest if key.endswith(TOKENS))
+    if not (ranks or info.tokens):
         raise AdapterFormatError(f"{path / TENSORS}: holds no lora_A tensor: not a LoRA adapter")
     info.rslora, info.dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
     alphas = {name: _alpha(config, name, path) for name in ranks}

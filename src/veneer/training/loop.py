@@ -25,13 +25,15 @@ from veneer.data.example import TokenizedExample
 from veneer.errors import DataError, RunError, TrainingDiverged, VeneerError
 from veneer.files import write_text
 from veneer.formats.peft import read_tensors, save_adapter
+from veneer.training.adalora import AdaLora, phases
 from veneer.training.evaluate import heldout_loss
 from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
-from veneer.training.optim import lr_factor, make_optimizer, set_lr, warmup_steps
-from veneer.training.setup import Setup, check_resumable, prepare_run, start_directory
+from veneer.training.optim import correct_lora_fa, lr_factor, make_optimizer, set_lr, warmup_steps
+from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
 from veneer.training.state import (
     Progress,
+    Trained,
     checkpoints,
     fill_adapter,
     load_checkpoint,
@@ -74,6 +76,8 @@ class Trainer:
         """Load the base and the data and check everything that can be checked without training."""
         if self.setup is None:
             self.setup = prepare_run(self.config, self._note)
+            if self.config.adapter.adalora is not None:
+                phases(self.config.adapter.adalora, self.setup.total_steps(self.config.train))
         return self.setup
 
     @property
@@ -83,6 +87,12 @@ class Trainer:
     @property
     def tokenizer(self) -> Any:
         return self.validate().tokenizer
+
+    def dry_run(self) -> AttachReport:
+        """Check everything that `run` checks before its first step, and write nothing. The adapter stays attached."""
+        check_out(self.out)
+        self._attach(self.validate(), resume=False)
+        return self.report
 
     def run(self, *, resume: bool = False) -> RunResult:
         """Train from the start, or with `resume` from the newest sound checkpoint of the run directory.
@@ -96,7 +106,7 @@ class Trainer:
         if resume:
             check_resumable(self.out, self.config, setup)
         self._attach(setup, resume)
-        state = self._restore(setup) if resume else Progress()
+        state = self._restore() if resume else Progress()
         if not resume:
             self._write_start(setup)
         self.metrics = MetricsLog(self.out, list(self.config.train.log_to))
@@ -114,13 +124,20 @@ class Trainer:
             setup.attach(self.config)
         else:
             attach_blank(setup.model, self.config.adapter, rows, tokenizer=setup.tokenizer)
-        bank = get_bank(setup.model)
-        self.parameters = bank.parameters("default")
+        bank = self.bank = get_bank(setup.model)
+        self.adalora = None
+        if (adalora := self.config.adapter.adalora) is not None:
+            self.adalora = AdaLora(bank, "default", adalora, setup.total_steps(self.config.train), self.config.seed)
+            if (times := self.adalora.allocations()) < 20:
+                self._note(f"warning: AdaLoRA allocates ranks in only {times} steps, too few to know which matter")
+        self.parameters = self.adalora.parameters() if self.adalora else bank.parameters("default")
         self.report: AttachReport = bank.report()
         self._note(str(self.report))
         if (invocation := bank.entries["default"].config.invocation) is not None:
             self._check_invocation(setup, invocation)
-        self.optimizer = make_optimizer(self.parameters, self.config.train)
+        embeddings = [path for path, layer in bank.layers.items() if isinstance(layer.base_layer, torch.nn.Embedding)]
+        self.optimizer = make_optimizer(self.parameters, self.config.train, embeddings)
+        self.trained = Trained(setup.model, self.parameters, self.optimizer, self.adalora)
         if self.config.train.checkpointing:
             setup.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.rows = RowModel(setup.model, packing=self.config.train.pack != "off")
@@ -140,10 +157,10 @@ class Trainer:
         if without:
             self._note(f"warning: {without:,} training examples do not hold the invocation {text!r}: nothing is learnt")
 
-    def _restore(self, setup: Setup) -> Progress:
+    def _restore(self) -> Progress:
         for path in reversed(checkpoints(self.out)):
             try:
-                state = load_checkpoint(path, setup.model, self.optimizer)
+                state = load_checkpoint(path, self.trained)
             except RunError as error:
                 self._note(f"{error}; trying the one before")
                 continue
@@ -181,7 +198,7 @@ class Trainer:
             if self._due(options.eval_every or setup.steps_per_epoch(options), state.step, total) and setup.heldout:
                 self._evaluate(setup, state)
             if state.step % options.save_every == 0 and state.step < total and not state.stopped_early:
-                save_checkpoint(self.out, setup.model, self.optimizer, state, options.keep_checkpoints)
+                save_checkpoint(self.out, self.trained, state, options.keep_checkpoints)
         return self._finish(setup, state, total, loss)
 
     @staticmethod
@@ -205,13 +222,19 @@ class Trainer:
                 self._check_finite(float(row_loss.detach()), state.step + 1, indices, examples)
                 (row_loss / supervised).backward()
             loss += float(row_loss.detach()) / supervised
+        if self.adalora:
+            self.adalora.backward()
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
         self._check_finite(norm, state.step + 1, indices, examples)
         if options.max_grad_norm and norm > options.max_grad_norm:
             for p in self.parameters.values():
                 if p.grad is not None:
                     p.grad.mul_(options.max_grad_norm / norm)
+        if self.config.adapter.lora_fa and options.lora_fa_correction:
+            correct_lora_fa(self.bank, "default")
         self.optimizer.step()
+        if self.adalora:
+            self.adalora.step(state.step + 1)
         seconds, tokens = time.monotonic() - began, sum(len(e.input_ids) for e in examples)
         state.step += 1
         state.tokens += tokens
@@ -267,18 +290,28 @@ class Trainer:
 
     def _finish(self, setup: Setup, state: Progress, total: int, loss: float | None) -> RunResult:
         if state.step and not (self.out / "checkpoints" / f"step-{state.step:08d}").exists():
-            save_checkpoint(self.out, setup.model, self.optimizer, state, self.config.train.keep_checkpoints)
+            save_checkpoint(self.out, self.trained, state, self.config.train.keep_checkpoints)
         stopped = "early" if state.stopped_early else "finished" if state.step >= total else "interrupted"
         adapter = self.out / "adapter"
         if stopped != "interrupted":
             if stopped == "early":
                 fill_adapter(setup.model, read_tensors(self.out / "best"), self.out / "best")
+            if self.adalora:
+                self._finish_ranks(self.adalora)
             record = {"training": {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss}}
             save_adapter(setup.model, adapter, provenance=record, tokenizer=setup.tokenizer)
         setup.model.eval()
         result = RunResult(self.out, adapter, state.step, total, loss, state.best_loss, state.seconds, stopped)
         self.observe({"type": "end", **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}})
         return result
+
+    def _finish_ranks(self, adalora: AdaLora) -> None:
+        ranks = adalora.ranks()
+        dropped = adalora.finish()
+        kept = [rank for rank in ranks.values() if rank]
+        self._note(f"ranks {min(kept)} to {max(kept)} over {len(kept)} modules, {sum(kept)} in all")
+        if dropped:
+            self._note(f"warning: {len(dropped)} modules kept no rank and are not in the adapter: {', '.join(dropped)}")
 
     def _log(self, record: dict[str, Any]) -> None:
         self.metrics.write(record)

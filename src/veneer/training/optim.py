@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from veneer.adapter.bank import Bank
 from veneer.config import OptimConfig
 
 
@@ -30,26 +31,59 @@ def warmup_steps(warmup: float, total: int) -> int:
     return min(total, int(warmup) if warmup >= 1 else round(warmup * total))
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimConfig, embeddings: Collection[str] = ()
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused where torch has it for the device.
 
-    LoRA+ (arXiv:2402.12354): B learns at lora_plus_ratio times A's rate.
+    `parameters` by the names of `Bank.parameters`; frozen ones are left out. `embeddings` names the modules among them
+    that are embeddings. Vectors (biases, norms, magnitudes) are not decayed.
     """
-    is_b = {name: name.endswith(".lora_B") for name in parameters}
-    groups = [
-        {"params": [p for n, p in parameters.items() if is_b[n] == b], "ratio": config.lora_plus_ratio if b else 1.0}
-        for b in (False, True)
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            key = lr_ratio(name, parameter, config, name.rpartition(".")[0] in embeddings), decay
+            groups.setdefault(key, []).append(parameter)
     devices = {p.device.type for p in parameters.values()}
     return torch.optim.AdamW(
-        groups,
+        [{"params": group, "ratio": ratio, "weight_decay": decay} for (ratio, decay), group in groups.items()],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        weight_decay=config.weight_decay,
         fused=devices <= {"cpu", "cuda"},
     )
+
+
+def lr_ratio(name: str, parameter: Tensor, config: OptimConfig, is_embedding: bool = False) -> float:
+    """A parameter's learning rate as a multiple of the base rate: LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+
+    B and, as in PEFT, vectors such as biases learn at lora_plus_ratio times A's rate; the factors of an embedding at
+    lora_plus_embedding_lr, where that is set.
+    """
+    if is_embedding and config.lora_plus_embedding_lr is not None:
+        return config.lora_plus_embedding_lr / config.lr
+    return config.lora_plus_ratio if name.endswith(".lora_B") or parameter.ndim == 1 else 1.0
+
+
+def lora_fa_gradient(grad: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
+    """The gradient of B that brings ΔW nearest to a full fine-tuning step while A stays: g (A Aᵀ)⁺ / s².
+
+    grad (d_out, r) is ∂L/∂B = s·G Aᵀ of a full gradient G (d_out, d_in) and lora_A (r, d_in), a convolution's with
+    kernel dimensions besides, which are flattened. With the result Ĝ the change s·Ĝ A of W is G projected on A's rows:
+    min ‖s·Ĝ A − G‖_F (LoRA-FA, arXiv:2308.03303 in its later version, and PEFT's LoraFAOptimizer). Computed in float32;
+    returned in grad's shape and dtype.
+    """
+    a = lora_A.float().flatten(1)
+    found = grad.float().flatten(1) @ torch.linalg.pinv(a @ a.T, hermitian=True) / scaling**2
+    return found.view_as(grad).to(grad.dtype)
+
+
+def correct_lora_fa(bank: Bank, name: str) -> None:
+    """Apply `lora_fa_gradient` to every B of an adapter, in place."""
+    for layer in bank.layers.values():
+        if name in layer.lora_B and (b := layer.lora_B[name]).grad is not None:
+            b.grad = lora_fa_gradient(b.grad, layer.lora_A[name].detach(), layer.scaling[name])
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

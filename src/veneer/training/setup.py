@@ -19,6 +19,7 @@ from veneer.adapter.attach import attach
 from veneer.adapter.bank import Bank
 from veneer.adapter.init import DATA_DRIVEN
 from veneer.adapter.vocabulary import add_tokens
+from veneer.base.fingerprint import Fingerprint, mismatch
 from veneer.base.load import load_base
 from veneer.base.original import float_weights
 from veneer.base.paths import cache_dir
@@ -66,7 +67,7 @@ class Setup:
 
     def attach(self, config: TrainConfig) -> Bank:
         """Put the run's adapter on the model, at its start."""
-        options = config.adapter
+        options = config.adapter.model_copy(update={"adalora": None})  # the loop's, over a plain adapter
         return attach(
             self.model,
             options,
@@ -117,7 +118,11 @@ class Setup:
 def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
     """Load the base, read and tokenise the data, split off the held-out part."""
     model, tokenizer = load_base(
-        config.model, dtype=config.dtype, device=config.device, chat_template=config.data.chat_template
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        quant=config.quant,
+        chat_template=config.data.chat_template,
     )
     if config.adapter.new_tokens:
         add_tokens(model, tokenizer, config.adapter.new_tokens)
@@ -198,8 +203,9 @@ def check_resumable(out: Path, config: TrainConfig, setup: Setup) -> None:
         raise RunError(f"{out}/provenance.json cannot be read: {error}") from None
     if record["data"]["train"]["hash"] != setup.train_key:
         raise RunError(f"the training data, tokenizer or template is not what {out} was started with: start anew")
-    if record["base"]["fingerprint"] != setup.base["fingerprint"]:
-        raise RunError(f"{config.model} is not the base that {out} was started with")
+    was, now = (Fingerprint.from_dict(base["fingerprint"]) for base in (record["base"], setup.base))
+    if reason := mismatch(now, was):
+        raise RunError(f"{config.model} is not the base that {out} was started with: {reason}")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from veneer.errors import AdapterFormatError, RunError
 from veneer.files import new_directory, remove_leftovers
 from veneer.formats.peft import read_tensors, save_adapter
 from veneer.formats.peft_tensors import PREFIX, adapter_tensors, assign
+from veneer.training.adalora import AdaLora
 
-STATE, MOMENTS = "state.json", "optimizer.safetensors"
+STATE, MOMENTS, ADALORA = "state.json", "optimizer.safetensors", "adalora.safetensors"
 
 
 @dataclass
@@ -41,34 +43,51 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
-def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Progress, keep: int) -> Path:
+@dataclass
+class Trained:
+    """What a checkpoint holds besides its `Progress`: the adapted model, and what its optimiser trains, by name."""
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    adalora: AdaLora | None = None
+
+
+def save_checkpoint(run: Path, trained: Trained, state: Progress, keep: int) -> Path:
     """Write checkpoints/step-N in one step, then drop the oldest beyond `keep`. Raises `RunError` (disk)."""
     path = run / "checkpoints" / f"step-{state.step:08d}"
     with new_directory(path) as folder:
-        save_adapter(model, folder / "adapter")
-        save_file(_moments(model, optimizer), folder / MOMENTS)
+        save_adapter(trained.model, folder / "adapter")
+        save_file(_moments(trained), folder / MOMENTS)
+        if trained.adalora is not None:
+            save_file(trained.adalora.state(), folder / ADALORA)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(path: Path, trained: Trained) -> Progress:
     """Put a checkpoint's weights and moments into a model that has the adapter attached; `RunError` if damaged."""
     try:
         state = Progress(**json.loads((path / STATE).read_text(encoding="utf-8")))
         tensors, moments = read_tensors(path / "adapter"), load_file(path / MOMENTS)
+        ranks = load_file(path / ADALORA) if trained.adalora is not None else {}
     except (OSError, ValueError, TypeError, SafetensorError, AdapterFormatError) as error:
         raise RunError(f"checkpoint {path} is damaged: {error}") from None
-    parameters = fill_adapter(model, tensors, path)
-    for name, parameter in parameters.items():
-        optimizer.state[parameter] = {
+    fill_adapter(trained.model, tensors, path)
+    if trained.adalora is not None:
+        trained.adalora.load_state(ranks)
+    for name, parameter in trained.parameters.items():
+        if f"{name}.step" not in moments:  # frozen, or never reached by a gradient
+            continue
+        trained.optimizer.state[parameter] = {
             "step": moments[f"{name}.step"],
             "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device),
             "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device),
         }
         if parameter.is_cuda:  # the fused kernel wants its step counter beside the weights
-            optimizer.state[parameter]["step"] = moments[f"{name}.step"].to(parameter.device)
+            trained.optimizer.state[parameter]["step"] = moments[f"{name}.step"].to(parameter.device)
     return state
 
 
@@ -97,11 +116,12 @@ def fill_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
     return bank.parameters(name)
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    bank = get_bank(model)
+def _moments(trained: Trained) -> dict[str, torch.Tensor]:
+    state = trained.optimizer.state
     return {
-        f"{name}.{key}": optimizer.state[parameter][key].detach().to("cpu", copy=True).contiguous()
-        for name, parameter in bank.parameters(bank.names[0]).items()
+        f"{name}.{key}": state[parameter][key].detach().to("cpu", copy=True).contiguous()
+        for name, parameter in trained.parameters.items()
+        if parameter in state
         for key in ("step", "exp_avg", "exp_avg_sq")
     }
 

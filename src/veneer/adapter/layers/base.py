@@ -78,6 +78,10 @@ class AdaptedModule(nn.Module):
         """Rows of W as the factors see it."""
         raise NotImplementedError
 
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the factors belong, and the dtype that the frozen module computes in."""
+        return self.weight.device, self.weight.dtype
+
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """PEFT's shapes of lora_A and lora_B."""
         return (rank, self.d_in), (self.d_out, rank)

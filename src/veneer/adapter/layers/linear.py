@@ -8,11 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.adapter import math
-from veneer.adapter.frozen import is_conv1d, is_quantised, plain_weight, row_square_norms, shape_of, weight_of
-from veneer.adapter.layers.base import AdaptedModule, Options, clone_module
+from veneer.adapter import math, quantised
+from veneer.adapter.frozen import (
+    is_conv1d,
+    is_quantised,
+    place_of,
+    plain_weight,
+    row_square_norms,
+    shape_of,
+    weight_of,
+)
+from veneer.adapter.layers.base import AdaptedModule, Options, Routing, clone_module
 from veneer.errors import AdapterStateError
 from veneer.kernels import dispatch, reference
+from veneer.kernels.quantised import Dequantise
 
 
 class AdaptedLinear(AdaptedModule):
@@ -24,6 +33,10 @@ class AdaptedLinear(AdaptedModule):
 
     kind = "linear"
 
+    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
+        super().__init__(base_layer, routing)
+        quantised.keep_layout(base_layer)
+
     @property
     def d_in(self) -> int:
         return shape_of(self.base_layer)[1]
@@ -34,6 +47,9 @@ class AdaptedLinear(AdaptedModule):
 
     in_features, out_features = d_in, d_out
 
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        return place_of(self.base_layer)
+
     def supports(self, option: str) -> bool:
         return True
 
@@ -43,8 +59,12 @@ class AdaptedLinear(AdaptedModule):
         active = self.active()
         if not active:
             return self.base_layer(x)
-        if len(active) == 1 and (weight := plain_weight(self.base_layer)) is not None and self._simple(*active[0]):
-            return self._fused(x.to(weight.dtype), weight, *active[0])
+        if len(active) == 1 and self._simple(*active[0]):
+            if (weight := plain_weight(self.base_layer)) is not None:
+                return self._fused(x.to(weight.dtype), weight, *active[0])
+            if is_quantised(self.base_layer) and not self._is_dora(active[0][0]):
+                if dequantise := quantised.dequantiser(self.base_layer):
+                    return self._dequantised(x, dequantise, *active[0])
         y = self.base_layer(x)
         return y + sum(w * self._update(name, x, y) for name, w in active)
 
@@ -57,13 +77,22 @@ class AdaptedLinear(AdaptedModule):
 
     def _fused(self, x: Tensor, weight: Tensor, name: str, w: float) -> Tensor:
         (lora_A, lora_B), s = self.factors(name), w * self.scaling[name]
-        bias, own = self.base_layer.bias, self.lora_bias[name] if name in self.lora_bias else None
         if self._is_dora(name):
-            m = self.lora_magnitude_vector[name]
+            m, bias = self.lora_magnitude_vector[name], self.base_layer.bias
             return dispatch.dora_linear(x, weight, bias, lora_A, lora_B, m, self.norm(name), s)
-        if own is not None:
-            bias = s * own if bias is None else bias + (s * own).to(bias.dtype)
-        return dispatch.lora_linear(x, weight, bias, lora_A, lora_B, s)
+        return dispatch.lora_linear(x, weight, self._bias(name, s), lora_A, lora_B, s)
+
+    def _dequantised(self, x: Tensor, dequantise: Dequantise, name: str, w: float) -> Tensor:
+        (lora_A, lora_B), s = self.factors(name), w * self.scaling[name]
+        bias = self._bias(name, s)
+        bias = None if bias is None else bias.to(x.dtype)
+        return dispatch.quantised_lora_linear(x, dequantise, bias, lora_A, lora_B, s)
+
+    def _bias(self, name: str, s: float) -> Tensor | None:
+        bias, own = self.base_layer.bias, self.lora_bias[name] if name in self.lora_bias else None
+        if own is None:
+            return bias
+        return s * own if bias is None else bias + (s * own).to(bias.dtype)
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Adapter `name`'s part of the output, given the base's output y."""
