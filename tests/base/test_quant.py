@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from typing import get_args
 
@@ -20,6 +21,7 @@ from veneer.base.load import load_base
 from veneer.base.quant import EXTRAS, quantised_linear
 from veneer.config import Quant
 from veneer.errors import AdapterStateError, BaseModelError, ConfigError, TargetError, WrongBaseError
+from veneer.formats.merged import PROMPTS, logit_error
 from veneer.formats.peft import base_record
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "tie_word_embeddings": False}
@@ -279,6 +281,16 @@ def test_a_run_on_a_quantised_base_learns_resumes_and_is_reopened_quantised(base
     assert open_adapter(tmp_path / "run", None, quant="none", **options).model.veneer_base.quant is None
 
 
+@pytest.mark.parametrize("adapter", [{"init": "loftq"}, {"init": "pissa"}, {"dora": True}], ids=str)
+def test_variants_train_on_a_quantised_base(base_dir, chat_file, tmp_path, adapter):
+    seen = []
+    config = run_config(base_dir, chat_file, tmp_path / "run", quant="nf4")
+    config.adapter = veneer.AdapterConfig(rank=4, **adapter)
+    veneer.train(config, observe=seen.append)
+    losses = [r["loss"] for r in seen if r["type"] == "train"]
+    assert losses[-1] < losses[0]
+
+
 @pytest.fixture
 def adapter_dir(base_dir, tmp_path):
     model, _ = load_base(base_dir, quant="nf4", device="cpu")
@@ -309,8 +321,17 @@ def test_merging_into_the_float_base_reports_each_route(base_dir, adapter_dir, t
         assert error.max() < 1e-4 and report.requantised is None and report.naive is None
     else:
         assert any(is_quantised(m) for m in model.modules())
-        assert 0 < report.requantised.mean and 0 < report.naive.mean
-        assert error.mean() < 0.5 * logits(float_model).abs().mean()
+        assert 0 < report.requantised.mean and 0 < report.naive.mean and 0 < report.effect.mean
+        assert set(report.to_float) == {"unmerged", "requantised", "naive"}
+        written, _ = load_base(tmp_path / "merged", device="cpu")
+        ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
+        with torch.no_grad():
+            found, wanted = (m(input_ids=ids).logits for m in (written, float_model))
+        error = logit_error([found[0]], [wanted[0]])
+        whole = veneer.merge_into_float(adapter_dir, base_dir, tmp_path / "b", kind, device="cpu", prompts=PROMPTS[:1])
+        assert whole.to_float["requantised"].max == pytest.approx(error.max, rel=1e-3)
+        assert whole.to_float["requantised"].mean == pytest.approx(error.mean, rel=1e-3)
+        shutil.rmtree(tmp_path / "b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "merged"]
 
 

@@ -40,7 +40,7 @@ def test_merge_writes_a_model_and_the_error_of_each_route(cli, run):
     done = cli("merge", run / "base", run / "run", "--out", run / "merged", "--device", "cpu")
     assert done.code == 0 and "same top token 100.0%" in done.out, done
     done = cli("merge", run / "base", run / "run", "--out", run / "nf4", "--quant", "nf4", "--device", "cpu")
-    assert done.code == 0 and "not taken" in done.out, done
+    assert done.code == 0 and "not taken" in done.out and "unmerged" in done.out, done
     for name in ("merged", "nf4"):
         assert (
             cli("generate", "--model", run / name, "--prompt", "hi", "--max-new-tokens", 3, "--device", "cpu").code == 0

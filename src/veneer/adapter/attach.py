@@ -23,12 +23,13 @@ from veneer.adapter.layers import (
     TiedHead,
     TrainedTokens,
     TrainedTokensHead,
+    TrainedTokensTwin,
     container_for,
     plain,
 )
 from veneer.adapter.pretrained import claim
 from veneer.adapter.scope import Plan, with_task_heads, with_token_ids
-from veneer.adapter.targets import Target, output_head, select
+from veneer.adapter.targets import Target, check_twins, embedding_twins, output_head, select
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError, ConfigError
 
@@ -88,6 +89,7 @@ def _plan(model: nn.Module, config: AdapterConfig, name: str, tokenizer: Any) ->
     check_free(model, name)
     config = with_token_ids(model, config, tokenizer)
     targets = select(model, config)
+    check_twins(model, targets)
     return Plan(model, with_task_heads(model, config, targets), targets)
 
 
@@ -249,4 +251,6 @@ def _train_tokens(bank: Bank, path: str, module: nn.Module) -> TrainedTokens:
     layer = bank.tokens[path] = _replace(bank, module, TrainedTokens(module, bank.routing))
     if head is not None and plain(head) is not module and plain(head).weight is module.weight:
         _replace(bank, head, TrainedTokensHead(head, layer))
+    for twin in embedding_twins(bank.model, module):
+        _replace(bank, twin, TrainedTokensTwin(twin, layer))
     return layer

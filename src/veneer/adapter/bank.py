@@ -52,7 +52,7 @@ class Bank:
         """What `detach` must undo besides."""
         self.merged: dict[str, float] | None = None
         """The adapters that are merged into the base now, with their weights."""
-        self._unmerged: dict[int, nn.Module] = {}
+        self._unmerged: list[tuple[AdaptedModule, nn.Module]] = []
         self._originals: dict[str, nn.Module | nn.Parameter] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
@@ -60,11 +60,7 @@ class Bank:
         if id(self.model) not in memo:
             raise AdapterStateError("a bank is part of its model: copy the model (copy.deepcopy(model))")
         new = memo[id(self)] = Bank(memo[id(self.model)])
-        new.__dict__ |= {
-            k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_model", "_unmerged")
-        }
-        kept = [(layer, self._unmerged.get(id(old))) for layer, old in zip(new.wrappers, self.wrappers)]
-        new._unmerged = {id(layer): copy.deepcopy(module, memo) for layer, module in kept if module is not None}
+        new.__dict__ |= {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_model"}
         return new
 
     @property
@@ -144,18 +140,24 @@ class Bank:
 
         The base's own modules are kept aside, so `unmerge` restores every bit; until then the model holds both. Merging
         what is merged already changes nothing. Raises `AdapterStateError` for a quantised base, an activated adapter
-        (aLoRA), a grouped convolution, or while rows are routed.
+        (aLoRA), a grouped convolution, a sum that is not finite, or while rows are routed.
         """
         if self.merged is not None:
             return
         if self.routing.rows is not None:
             raise AdapterStateError("rows are routed to different adapters: a merge has one sum for all")
         acting = dict(self.routing.stack)
-        self._put_in([(layer, layer.merged(acting)) for layer in self.wrappers])
+        ready = [(layer, layer.merged(acting)) for layer in self.wrappers]
+        for layer, module in ready:
+            for key, value in module.named_parameters():
+                if value.is_floating_point() and not value.isfinite().all():
+                    name = next((n for n, one in self.layers.items() if one is layer), type(layer).__name__)
+                    raise AdapterStateError(f"{name}.{key} would hold NaN or infinite values: nothing was merged")
+        self._put_in(ready)
         self.merged = acting
 
     def _put_in(self, ready: list[tuple[AdaptedModule, nn.Module]]) -> None:
-        self._unmerged = {id(layer): layer.base_layer for layer, _ in ready}
+        self._unmerged = [(layer, layer.base_layer) for layer, _ in ready]
         for layer, module in ready:
             layer.base_layer = module
         self.routing.stack = {}
@@ -164,8 +166,8 @@ class Bank:
         """Put the base's own modules back, bit for bit, and let the adapters act beside them again."""
         if self.merged is None:
             raise AdapterStateError("nothing is merged")
-        for layer in self.wrappers:
-            layer.base_layer = self._unmerged[id(layer)]
+        for layer, module in self._unmerged:
+            layer.base_layer = module
         self.routing.stack, self.merged = self.merged, None
         self._unmerged.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,21 @@ class Watch:
     def __init__(self, bank: Bank, name: str, invocation: Sequence[int]) -> None:
         self.routing, self.name, self.invocation = bank.routing, name, invocation
         self.read: Tensor | None = None
+        self.inside = False
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before the whole model runs: what it is given holds, whatever it hands to its parts."""
+        self.inside = False
+        self(module, args, kwargs)
+        self.inside = self.read is not None
+
+    def leave(self, *_: Any) -> None:
+        """After the whole model ran."""
+        self.inside = False
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.inside:
+            return
         ids = kwargs.get("input_ids")
         if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
             ids = args[0]
@@ -55,7 +69,17 @@ class Watch:
 
 
 def watch_invocation(bank: Bank, name: str, invocation: Sequence[int]) -> Callable[[], None]:
-    """Watch the model's input ids; what comes back ends it."""
-    body = getattr(bank.model, "base_model", bank.model)  # the inner model: whatever wraps it calls it with input_ids
+    """Watch the input ids of the model, and of its body, which may be called alone; what comes back ends it."""
+    watch, model = Watch(bank, name, list(invocation)), bank.model
     bank.routing.tokens[name] = None
-    return body.register_forward_pre_hook(Watch(bank, name, list(invocation)), with_kwargs=True).remove
+    body = getattr(model, "base_model", model)
+    handles = [model.register_forward_pre_hook(watch.enter, with_kwargs=True)]
+    handles += [model.register_forward_hook(watch.leave, always_call=True)]
+    if body is not model:
+        handles += [body.register_forward_pre_hook(watch, with_kwargs=True)]
+    return partial(_remove_all, handles)
+
+
+def _remove_all(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -47,15 +47,18 @@ def with_task_heads(model: nn.Module, config: AdapterConfig, targets: list[Targe
 class Plan:
     """What an adapter will change in a model, found and checked before anything changes.
 
-    Raises `TargetError` as `attach` does.
+    Raises `TargetError` as `attach` does; a `saved` adapter may ask for biases where there are none, as PEFT's do.
     """
 
-    def __init__(self, model: nn.Module, config: AdapterConfig, targets: list[Target]) -> None:
+    def __init__(self, model: nn.Module, config: AdapterConfig, targets: list[Target], *, saved: bool = False) -> None:
         self.model, self.config, self.targets = model, config, targets
         self.tied = self._tied_embedding()
         self.tokens = trained_tokens(model, config, targets)
         self.modules = _modules_to_save(model, config, targets)
-        self.biases = _biases(model, config, [target.name for target in targets])
+        self.biases = _biases(model, config, [target.name for target in targets], set(self.modules))
+        if config.bias != "none" and not (self.biases or saved):
+            where = "the model has" if config.bias == "all" else "the adapted modules have"
+            raise TargetError(f"bias: {config.bias} has nothing to train, as {where} no bias; use bias: none")
 
     def _tied_embedding(self) -> str | None:
         """The adapted embedding whose weight the output head shares, if the head is to see the adapter."""
@@ -143,16 +146,16 @@ def _modules_to_save(model: nn.Module, config: AdapterConfig, targets: list[Targ
     return kept
 
 
-def _biases(model: nn.Module, config: AdapterConfig, targets: list[str]) -> dict[str, nn.Parameter]:
-    if config.bias == "none":
-        return {}
+def _biases(model: nn.Module, config: AdapterConfig, targets: list[str], kept: set[str]) -> dict[str, nn.Parameter]:
+    """Copies of the biases that config.bias names; those of modules that are `kept` whole come with the module."""
     chosen = {}
+    if config.bias == "none":
+        return chosen
     for path, parameter in model.named_parameters():
         path = plain_name(path)
         parent, _, leaf = path.rpartition(".")
+        if any(f"{parent}.".startswith(f"{module}.") for module in kept):
+            continue
         if leaf == "bias" and parent in targets or config.bias == "all" and "bias" in leaf and "lora_" not in path:
             chosen[path] = nn.Parameter(parameter.detach().clone())
-    if not chosen:
-        where = "the model has" if config.bias == "all" else "the adapted modules have"
-        raise TargetError(f"bias: {config.bias} has nothing to train, as {where} no bias; use bias: none")
     return chosen

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.adapter.frozen import shape_of
-from veneer.adapter.layers import KINDS, AdaptedModule, ParameterFactors, Routing
+from veneer.adapter.layers import KINDS, AdaptedModule, ParameterFactors, Routing, plain
 from veneer.adapter.layers.embedding import adaptable
 from veneer.adapter.task import task_heads
 from veneer.config import AdapterConfig
 from veneer.errors import TargetError
 
 ATTENTION_PARTS = re.compile(r"(^|_)(attn|attention|selfattention|encdecattention)($|_)")
+ADAPTERS_OWN = re.compile(r"\.lora_[^.]+$")
 MLP_PARTS = re.compile(r"(^|_)(mlp|ffn|ff|feed_forward|densereludense|experts?)($|_)")
 
 
@@ -103,6 +104,17 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters by plain name, a shared one at each place; no walk over the adapters' own."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not ADAPTERS_OWN.search(path):
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    found[plain_name(f"{path}.{leaf}" if path else leaf)] = parameter
+    return found
+
+
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """The candidates that hold linears."""
     return {name: m for name, m in candidates(model).items() if kind_of(m) in ("linear", "attention")}
@@ -136,6 +148,8 @@ def select(model: nn.Module, config: AdapterConfig) -> list[Target]:
 
 def target_parameters(model: nn.Module, config: AdapterConfig) -> list[tuple[str, nn.Module, str]]:
     """What target_parameters names: (name, module that holds it, "parameter")."""
+    if not config.target_parameters:
+        return []
     own = {plain_name(name): name for name, _ in model.named_parameters() if ".lora_" not in name}
     found: dict[str, tuple[str, nn.Module, str]] = {}
     for entry in config.target_parameters:
@@ -202,6 +216,24 @@ def check_module(target: Target, config: AdapterConfig) -> None:
         reason = f"{wrong[0]} is not defined for {type(module).__name__}" if wrong else None
     if reason:
         raise TargetError(f"{target.name} cannot be adapted: {reason}")
+
+
+def embedding_twins(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedding]:
+    """The other embeddings that share the weight of this one."""
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embedding]
+    return [m for m in others if m.weight is embedding.weight]
+
+
+def check_twins(model: nn.Module, targets: list[Target]) -> None:
+    """Raise `TargetError` for an adapted embedding that only lends its weight to others: nothing would see the adapter."""
+    chosen, shared = {id(target.module) for target in targets}, getattr(model, "get_input_embeddings", lambda: None)()
+    shared = shared if shared is None else plain(shared)
+    for target in targets:
+        if target.kind == "embedding" and target.module is shared:
+            twins = {id(twin) for twin in embedding_twins(model, target.module)}
+            if twins and not twins & chosen:
+                names = ", ".join(plain_name(name) for name, m in model.named_modules() if id(m) in twins)
+                raise TargetError(f"{target.name} lends its weight to {names}, which look up in its place: name those")
 
 
 def _chosen(model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str]) -> list[str]:

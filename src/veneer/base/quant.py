@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def need_extra(extra: str, what: str) -> None:
     missing = [name for name in LIBRARIES[extra] if find_spec(name) is None]
     if missing:
         raise BaseModelError(f"{what} needs {' and '.join(missing)}: pip install 'veneer[{extra}]'")
+    if extra == "quant":  # it warns of a kernel that it would download, and at each 8-bit product of its rounding
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def stored_method(folder: str | Path) -> str | None:
@@ -133,7 +136,7 @@ def unmap(model: nn.Module) -> None:
 
 
 def steady(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights in eval mode, and from one warning for each 8-bit product.
+    """Keep bitsandbytes from repacking 4-bit weights in eval mode.
 
     `BaseModelError` where its CPU kernel would compute with other weights than it has stored.
     """
@@ -145,10 +148,6 @@ def steady(model: nn.Module) -> None:
                 f"{name} has {module.in_features} inputs, which blocks of {module.weight.quant_state.blocksize} do not "
                 f"divide: bitsandbytes computes such a layer wrongly on a CPU; use int8 or int8-torchao, or a GPU"
             )
-        if kind == "int8":
-            import logging
-
-            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

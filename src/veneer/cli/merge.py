@@ -25,8 +25,16 @@ def command(
 
     folder, _ = locate(adapter)
     report = merge_into_float(folder, base, out, quant, device=device, dtype=dtype, force=force)
-    lines = [f"model        {report.path}", f"merged       {report.exact}"]
+    lines = [f"model          {report.path}", f"float merge    {report.exact}"]
     if report.requantised:
-        lines.append(f"as {report.quant:<10}{report.requantised}  (against {report.quant} base + adapter)")
-        lines.append(f"not taken    {report.naive}  (merged into the rounded weights)")
+        lines += [
+            f"against {report.quant} base + adapter",
+            f"  written      {report.requantised}",
+            f"  naive merge  {report.naive}  (into the rounded weights: not taken)",
+            f"  base alone   {report.effect}  (what the adapter does)",
+            "against float base + adapter",
+            f"  written      {report.to_float['requantised']}",
+            f"  naive merge  {report.to_float['naive']}",
+            f"  unmerged     {report.to_float['unmerged']}",
+        ]
     Console(highlight=False).print("\n".join(lines), soft_wrap=True, markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,10 @@ class LogitError:
 class MergeReport:
     """What `merge_into_float` wrote and how near each route is to the model with its adapter beside it.
 
-    `exact`: float merged against float base + adapter. With re-quantising, against quantised base + adapter:
-    `requantised` is what was written, `naive` what adding ΔW to the quantised weights and rounding again would give.
+    `exact`: the float merge against float base + adapter. With re-quantising, against the quantised base + adapter:
+    `requantised` is what was written, `naive` what adding ΔW to the quantised weights and rounding again would give, and
+    `effect` is the quantised base alone: a route whose error is as large has lost the adapter. `to_float` holds the
+    errors of "unmerged" (quantised base + adapter), "requantised" and "naive" against float base + adapter.
     """
 
     path: Path
@@ -57,6 +59,8 @@ class MergeReport:
     exact: LogitError
     requantised: LogitError | None = None
     naive: LogitError | None = None
+    effect: LogitError | None = None
+    to_float: dict[str, LogitError] = field(default_factory=dict)
 
 
 def merge_into_float(
@@ -88,10 +92,9 @@ def merge_into_float(
         raise BaseModelError(f"{base} is stored quantised: name the float model that it was made from")
     load_adapter(model, adapter, force=force, trainable=False)
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    wanted = _logits(model, ids)
-    found = _logits(merge(model), ids)
-    exact = logit_error(found, wanted)
-    if exact.max > EXACT * max(float(z.abs().max()) for z in wanted):
+    truth = _logits(model, ids)
+    exact = logit_error(_logits(merge(model), ids), truth)
+    if exact.max > EXACT * max(float(z.abs().max()) for z in truth):
         raise BaseModelError(f"the merged model is not the base with its adapter ({exact}): nothing was written")
     if requantise is None:
         _write(model, tokenizer, out)
@@ -103,13 +106,17 @@ def merge_into_float(
         del model
         model, _ = load_base(folder, quant=requantise, **options)
     _write(model, tokenizer, out)
-    found = _logits(model, ids)
+    found = {"requantised": _logits(model, ids)}
     del model
     model, _ = load_base(base, quant=requantise, **options)
+    found["alone"] = _logits(model, ids)
     load_adapter(model, adapter, force=force, trainable=False)
-    wanted = _logits(model, ids)
+    found["unmerged"] = _logits(model, ids)
     _merge_and_round(model, requantise)
-    return MergeReport(out, requantise, exact, logit_error(found, wanted), logit_error(_logits(model, ids), wanted))
+    found["naive"] = _logits(model, ids)
+    near = {key: logit_error(found[key], found["unmerged"]) for key in ("requantised", "naive", "alone")}
+    to_float = {key: logit_error(found[key], truth) for key in ("unmerged", "requantised", "naive")}
+    return MergeReport(out, requantise, exact, near["requantised"], near["naive"], near["alone"], to_float)
 
 
 def logit_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> LogitError:

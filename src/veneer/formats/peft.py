@@ -21,6 +21,7 @@ from veneer.adapter.init import Start
 from veneer.adapter.layers import plain
 from veneer.adapter.targets import (
     Target,
+    base_parameters,
     candidates,
     kind_of,
     output_head,
@@ -139,15 +140,17 @@ def put_on(
         pairs = _without_tied_copies(model, pairs)
     if not (pairs or rows):
         raise AdapterFormatError(f"{source}: {TENSORS} holds no lora_A/lora_B pair")
-    _check_targets(model, fields, pairs, parts, source)
-    targets = [_target(path, *parts[path], pairs[path], config, source) for path in parts if path in pairs]
+    _check_targets(model, fields, config, pairs, parts, source)
+    owner = {f"{path}.out_proj": path for path, (_, kind) in parts.items() if kind == "attention"}
+    ranks = {path: rank_and_alpha(owner.get(path, path), config) for path in pairs if path in parts}
+    targets = [_target(path, *parts[path], pairs[path], ranks[path], config, source) for path in parts if path in pairs]
     twice = {f"{t.name}.out_proj" for t in targets if t.kind == "attention"}  # see peft_tensors.stored_factor
     starts = [
         Start(pairs[t.name]["lora_A"], pairs[t.name]["lora_B"], rank=t.rank, alpha=t.alpha * (1 + (t.name in twice)))
         for t in targets
     ]
     try:
-        plan = Plan(model, config, targets)
+        plan = Plan(model, config, targets, saved=True)
     except TargetError as error:
         raise AdapterFormatError(f"{source}: {error}") from None
     rest = _without_base_copies(model, rest, config)
@@ -234,7 +237,9 @@ def _without_tied_copies(model: nn.Module, pairs: dict[str, dict[str, Tensor]]) 
     return {path: pair for path, pair in pairs.items() if path != name}
 
 
-def _check_targets(model: nn.Module, fields: dict[str, Any], pairs: dict, parts: dict, source: object) -> None:
+def _check_targets(
+    model: nn.Module, fields: dict[str, Any], config: AdapterConfig, pairs: dict, parts: dict, source: object
+) -> None:
     unknown = [name for name in pairs if name not in parts]
     if unknown:
         raise AdapterFormatError(
@@ -243,6 +248,7 @@ def _check_targets(model: nn.Module, fields: dict[str, Any], pairs: dict, parts:
     expected = peft_targets(model, fields)
     if expected is None:
         return
+    expected = {name for name in expected if not _is_kept(f"{name}.weight", config)}  # kept whole wins, as in PEFT
     expected |= {name for name, (_, kind) in parts.items() if kind == "parameter"}
     expected |= {f"{name}.out_proj" for name in expected if parts[name][1] == "attention"}
     missing, extra = [n for n in expected if n not in pairs], [n for n in pairs if n not in expected]
@@ -252,9 +258,15 @@ def _check_targets(model: nn.Module, fields: dict[str, Any], pairs: dict, parts:
 
 
 def _target(
-    name: str, module: nn.Module, kind: str, pair: dict[str, Tensor], config: AdapterConfig, source: object
+    name: str,
+    module: nn.Module,
+    kind: str,
+    pair: dict[str, Tensor],
+    rank: tuple[int, float],
+    config: AdapterConfig,
+    source: object,
 ) -> Target:
-    target = Target(name, module, *rank_and_alpha(name, config), kind)
+    target = Target(name, module, *rank, kind)
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.dora else set())
     wanted |= {"lora_bias"} if config.lora_bias else set()
     if pair.keys() != wanted:
@@ -275,9 +287,9 @@ def _target(
 
 def _without_base_copies(model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
     """PEFT also writes the frozen weight of an embedding or head that it adapts: leave out what the base has anyway."""
-    own = {plain_name(key): p for key, p in model.named_parameters(remove_duplicate=False)}
+    own = base_parameters(model)
     heads = [m for m in (output_head(model), getattr(model, "get_input_embeddings", lambda: None)()) if m is not None]
-    frozen = {id(plain(m).weight) for m in heads}
+    frozen = {id(getattr(plain(m), "weight", None)) for m in heads}  # an image model's patches have none
 
     def is_copy(key: str, value: Tensor) -> bool:
         mine = own.get(key)
@@ -298,7 +310,7 @@ def _is_kept(key: str, config: AdapterConfig) -> bool:
 
 
 def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tensor], plan: Plan, source: object) -> None:
-    shapes = {plain_name(key): p.shape for key, p in model.named_parameters(remove_duplicate=False)}
+    shapes = {key: p.shape for key, p in base_parameters(model).items()}
     expected = {key for key in shapes if _is_kept(key, plan.config)} | set(plan.biases)
     missing, extra = sorted(expected - rest.keys()), sorted(rest.keys() - expected)
     missing += [path for path in plan.tokens if path not in rows]

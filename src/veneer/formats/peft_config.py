@@ -78,7 +78,8 @@ def _number(value: float) -> int | float:
 def _written_ranks(bank: Bank, name: str) -> tuple[int, float, dict[str, int], dict[str, float]]:
     """(r, lora_alpha, rank_pattern, alpha_pattern) that give each layer the rank and scaling it is written with.
 
-    The configuration's own values where they do, else whole module names as patterns.
+    The configuration's own values where they do, else whole module names as patterns: the file's keys are sorted, which
+    changes the first match where patterns overlap.
     """
     entry = bank.entries[name]
     config, written = entry.config, {}
@@ -86,13 +87,15 @@ def _written_ranks(bank: Bank, name: str) -> tuple[int, float, dict[str, int], d
         layer = bank.layers[path]
         rank = layer.rank[name] * (2 if layer.options[name].changes_base else 1)
         written[path] = rank, math.alpha_of(rank, layer.scaling[name], config.rslora)
-    own = config.rank, config.alpha, config.rank_pattern, config.alpha_pattern
+    sorted_patterns = (dict(sorted(pattern.items())) for pattern in (config.rank_pattern, config.alpha_pattern))
+    own = config.rank, config.alpha, *sorted_patterns
     if all(_close(written[path], _resolved(path, *own)) for path in written):
         return own
     values = list(written.values())
     rank, alpha = max(values, key=values.count) if values else own[:2]
-    ranks = {path: r for path, (r, _) in written.items() if r != rank}
-    alphas = {path: _number(a) for path, (_, a) in written.items() if abs(a - alpha) > 1e-9 * alpha}
+    key = {path: f"^{path}" if any(other.endswith(f".{path}") for other in written) else path for path in written}
+    ranks = {key[path]: r for path, (r, _) in written.items() if r != rank}
+    alphas = {key[path]: _number(a) for path, (_, a) in written.items() if abs(a - alpha) > 1e-9 * alpha}
     return rank, alpha, ranks, alphas
 
 

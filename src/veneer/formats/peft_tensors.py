@@ -63,7 +63,9 @@ def slots(bank: Bank, name: str) -> dict[str, tuple[Tensor, ...]]:
         found |= {f"{path}.{key}": (value,) for key, value in module.named_parameters()}
     for key, value in entry.biases.items():
         owner, _, leaf = key.rpartition(".")
-        found[f"{owner}.base_layer.{leaf}" if owner in entry.targets else key] = (value,)
+        if owner in entry.targets:
+            key = factor_key(bank, entry.targets, owner, "lora_A").rpartition(".lora_")[0] + f".base_layer.{leaf}"
+        found[key] = (value,)
     return found
 
 
@@ -125,9 +127,15 @@ def split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dic
             factors.setdefault(found[1], {})[leaf_of[found[2]]] = value
         elif key.endswith(f".{TOKENS}"):
             rows[key.removesuffix(f".{TOKENS}")] = value
-        else:
+        elif not _is_second_copy(key, tensors):
             rest[key.replace(".base_layer.", ".")] = value
     return factors, rows, rest
+
+
+def _is_second_copy(key: str, tensors: dict[str, Tensor]) -> bool:
+    """With bias "all" PEFT writes a kept module's bias three times: as its own, trained again, and the base's."""
+    copy = re.fullmatch(r"(.+)\.(?:modules_to_save|original_module)\.(.+)", key)
+    return copy is not None and f"{copy[1]}.{copy[2]}" in tensors
 
 
 def resolve_paths(factors: dict[str, dict[str, Tensor]], parameters: list[str]) -> dict[str, dict[str, Tensor]]:

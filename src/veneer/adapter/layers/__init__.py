@@ -6,7 +6,7 @@ from veneer.adapter.layers.conv import AdaptedConv
 from veneer.adapter.layers.embedding import AdaptedEmbedding, TiedHead
 from veneer.adapter.layers.experts import AdaptedExperts, AdaptedParameters, ParameterFactors, container_for
 from veneer.adapter.layers.linear import AdaptedLinear
-from veneer.adapter.layers.tokens import TrainedTokens, TrainedTokensHead
+from veneer.adapter.layers.tokens import TrainedTokens, TrainedTokensHead, TrainedTokensTwin
 
 KINDS: dict[str, type[AdaptedModule]] = {
     layer.kind: layer for layer in (AdaptedLinear, AdaptedConv, AdaptedEmbedding, AdaptedAttention)
@@ -28,6 +28,7 @@ __all__ = [
     "TiedHead",
     "TrainedTokens",
     "TrainedTokensHead",
+    "TrainedTokensTwin",
     "container_for",
     "plain",
 ]

@@ -53,13 +53,15 @@ class TrainedTokens(AdaptedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(plain(self.base_layer), nn.Embedding):
-            return self._look_up(x, self.base_layer(x))
+            return self.look_up(x, self.base_layer)
         return self.replace_logits(x, self.base_layer(x), self.base_layer.bias)
 
-    def _look_up(self, ids: Tensor, y: Tensor) -> Tensor:
+    def look_up(self, ids: Tensor, base: nn.Module) -> Tensor:
+        """`base`'s rows of the ids, but for the trained ones."""
+        y = base(ids)
         for name, _ in self.active():
             hit = ids.unsqueeze(-1) == torch.tensor(self.indices[name], device=ids.device)
-            rows = (self.lora_rows[name] * getattr(self.base_layer, "embed_scale", 1.0)).to(y.dtype)
+            rows = (self.lora_rows[name] * getattr(base, "embed_scale", 1.0)).to(y.dtype)
             y = torch.where(hit.any(-1, keepdim=True), rows[hit.int().argmax(-1)], y)
         return y
 
@@ -83,20 +85,28 @@ class TrainedTokens(AdaptedModule):
         return clone_module(base, weight=self.replaced(base.weight, names))
 
 
-class TrainedTokensHead(AdaptedModule):
-    """The output head that shares the weight of an embedding with trained tokens, and so their rows."""
+class TrainedTokensTwin(AdaptedModule):
+    """A module that shares the weight of an embedding with trained tokens, and so their rows: here another embedding, as
+    T5's encoder and decoder have beside the shared one."""
 
     kind = "tied"
 
-    def __init__(self, base_layer: nn.Linear, source: TrainedTokens) -> None:
+    def __init__(self, base_layer: nn.Module, source: TrainedTokens) -> None:
         super().__init__(base_layer, source.routing)
         self.__dict__["source"] = source  # not a submodule: the rows are the embedding's
 
-    def forward(self, h: Tensor) -> Tensor:
-        return self.source.replace_logits(h, self.base_layer(h), self.base_layer.bias)
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.source.look_up(ids, self.base_layer)
 
     def remove(self, name: str) -> None:
         """The rows are the embedding's."""
 
     def merged(self, weights: Mapping[str, float]) -> nn.Module:
         return clone_module(self.base_layer, weight=self.source.merged(weights).weight.data)
+
+
+class TrainedTokensHead(TrainedTokensTwin):
+    """The output head that shares the weight of an embedding with trained tokens, and so their rows."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.source.replace_logits(h, self.base_layer(h), self.base_layer.bias)
