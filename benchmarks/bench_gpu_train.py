@@ -26,12 +26,13 @@ CONFIGS = {
 }  # fmt: skip
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = {
-    "8B bf16 4x2048": ("8B", "bf16", [2048] * 4, ["veneer:keep", "peft", "peft-nocast", "liger-nocast", "unsloth:none"]),
+    "8B bf16 4x2048": ("8B", "bf16", [2048] * 4,
+        ["veneer:keep", "veneer:selective", "peft", "peft-nocast", "liger-nocast", "unsloth:none"]),
     "8B bf16 4x2048 in less memory": ("8B", "bf16", [2048] * 4,
         ["veneer:recompute", "veneer:recompute-offload", "veneer:mixed", "liger-nocast:ckpt", "unsloth:ckpt"]),
-    "8B nf4 1x2048": ("8B", "nf4", [2048], ["veneer:recompute", "veneer:keep", "unsloth:ckpt"]),
+    "8B nf4 1x2048": ("8B", "nf4", [2048], ["veneer:recompute", "veneer:selective", "unsloth:ckpt"]),
     "8B nf4 4x2048": ("8B", "nf4", [2048] * 4, ["veneer:recompute", "unsloth:ckpt"]),
-    "1B bf16 8x1024": ("1B", "bf16", [1024] * 8, ["veneer:keep", "liger-nocast", "unsloth:none"]),
+    "1B bf16 8x1024": ("1B", "bf16", [1024] * 8, ["veneer:keep", "veneer:selective", "liger-nocast", "unsloth:none"]),
     "1B bf16 1x512": ("1B", "bf16", [512], ["veneer:keep", "liger-nocast", "unsloth:none"]),
     "8B bf16 32k": ("8B", "bf16", [32768], ["veneer:recompute-offload", "unsloth:ckpt"]),
 }  # fmt: skip
@@ -88,20 +89,19 @@ def saved(shape: str) -> str:
 
 def veneer_step(shape: str, precision: str, lengths: list[int], mode: str):
     import numpy as np
-    import torch
 
     import veneer
     from veneer.data.example import TokenizedExample
     from veneer.training.accelerate import Accelerated
+    from veneer.training.flat import FlatOptimizer
     from veneer.training.forward import RowModel
-    from veneer.training.optim import make_optimizer
 
     model = build(shape, precision)
     bank = veneer.attach(model, veneer.AdapterConfig(rank=16, alpha=32), seed=0)
     model.train()
-    optimizer = make_optimizer(bank.parameters("default"), veneer.OptimConfig(lr=1e-4))
+    optimizer = FlatOptimizer(bank.parameters("default"), veneer.OptimConfig(lr=1e-4))
     rows_of = RowModel(model)
-    fast = Accelerated(model, modes=mode, packed=len(set(lengths)) > 1, note=lambda text: print(text, file=sys.stderr))
+    fast = Accelerated(model, modes=mode, dynamic=len(set(lengths)) > 1, note=lambda text: print(text, file=sys.stderr))
     random = np.random.default_rng(0)
     examples = [
         TokenizedExample(random.integers(5, model.config.vocab_size - 5, n).astype(np.int32), np.ones(n, bool))
@@ -111,7 +111,7 @@ def veneer_step(shape: str, precision: str, lengths: list[int], mode: str):
     supervised = sum(len(row.targets) for row in rows)
 
     def step() -> float:
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         for row in rows:
             fast.start()
             with rows_of.row(row) as loss:

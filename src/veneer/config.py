@@ -270,10 +270,11 @@ class OptimConfig(Section):
     """AdamW in float32, or bitsandbytes' with 8-bit or paged states (NVIDIA GPUs)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile a model's repeated blocks with torch.compile: auto does so on an NVIDIA GPU."""
-    checkpointing: Literal["keep", "recompute", "recompute-offload", "offload", "mixed"] = "keep"
-    """What each block keeps for the backward pass. keep: all it needs. recompute: its input; the rest is computed again.
-    recompute-offload: its input, in host memory. offload: all, in host memory, copied while other blocks compute. mixed:
-    every third block as offload, the others as recompute-offload. (true and false mean recompute and keep.)"""
+    checkpointing: Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"] = "keep"
+    """What each block keeps for the backward pass. keep: all that saves work. selective: what is dear to compute again
+    (when compiled). recompute: its input. recompute-offload: its input, in host memory. offload: what selective keeps, in
+    host memory, copied while other blocks compute. mixed: every third block as offload, the others as recompute-offload.
+    (true and false mean recompute and keep.)"""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""
     eval_examples: int | None = Field(None, ge=1)

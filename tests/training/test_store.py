@@ -5,8 +5,9 @@ import torch
 
 import veneer
 from conftest import tiny_llama
+from veneer.training.accelerate import Accelerated, draws_random, spread
 from veneer.training.blocks import repeated_blocks
-from veneer.training.store import Store, _dense
+from veneer.training.store import _dense
 
 IDS = torch.arange(1, 40)[None]
 
@@ -17,15 +18,19 @@ def gradients(modes):
     torch.manual_seed(1)
     for p in bank.parameters("default").values():
         p.data.normal_()
-    blocks = repeated_blocks(model)
-    store = Store(blocks, list(model.parameters()), torch.device("cpu"))
-    store.wrap(modes)
-    for _ in range(2):  # the second pass uses the buffers of the first
-        model.zero_grad()
-        store.start()
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-    return loss.detach(), {k: p.grad for k, p in bank.parameters("default").items()}, store
+    with Accelerated(model, modes=modes, compile=False) as fast:
+        for _ in range(2):  # the second pass uses the buffers of the first
+            model.zero_grad()
+            fast.start()
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+        grads = {k: p.grad for k, p in bank.parameters("default").items()}
+        with torch.no_grad():
+            held = {size: len(buffers) for size, buffers in fast.store.host.free.items()}
+            model(input_ids=IDS)  # an evaluation moves nothing
+            assert {size: len(buffers) for size, buffers in fast.store.host.free.items()} == held
+    assert all("forward" not in block.__dict__ for block in fast.blocks)
+    return loss.detach(), grads, fast.store
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,7 @@ def gradients(modes):
         ["recompute"] * 4,
         ["recompute-offload"] * 4,
         ["offload"] * 4,
-        ["keep", "offload", "recompute-offload", "offload"],
+        ["keep", "offload", "recompute-offload", "selective"],
     ],
     ids="+".join,
 )
@@ -47,15 +52,6 @@ def test_every_setting_of_the_dial_gives_the_same_gradients(modes, monkeypatch):
         assert torch.equal(found[key], grad), key
     moved = sum("offload" in mode for mode in modes)
     assert (len(store.host.free) > 0) == (moved > 0)
-
-
-def test_an_evaluation_moves_nothing(monkeypatch):
-    monkeypatch.setattr("veneer.training.store.SMALL", 1)
-    *_, store = gradients(["offload"] * 4)
-    held = {size: len(buffers) for size, buffers in store.host.free.items()}
-    with torch.no_grad():
-        store.blocks[0](torch.randn(1, 5, 36), position_embeddings=(torch.randn(1, 5, 6), torch.randn(1, 5, 6)))
-    assert {size: len(buffers) for size, buffers in store.host.free.items()} == held
 
 
 def test_blocks_are_found_by_structure():
@@ -76,3 +72,13 @@ def test_blocks_are_found_by_structure():
 def test_dense_tensors_are_those_without_gaps():
     x = torch.randn(4, 6)
     assert _dense(x) and _dense(x.t()) and _dense(x[1:3]) and not _dense(x[:, :3]) and not _dense(x[:1].expand(3, 6))
+
+
+def test_the_dial_spreads_over_the_blocks_and_dropout_is_noticed():
+    assert spread("selective", 3) == ["selective"] * 3
+    assert spread("mixed", 4) == ["recompute-offload", "offload", "recompute-offload", "recompute-offload"]
+    model = tiny_llama()
+    veneer.attach(model, veneer.AdapterConfig(rank=2))
+    assert not draws_random(model)
+    veneer.attach(model, veneer.AdapterConfig(rank=2, dropout=0.1), name="two")
+    assert draws_random(model) and draws_random(tiny_llama(attention_dropout=0.1))

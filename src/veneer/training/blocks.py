@@ -1,13 +1,10 @@
-"""A model's repeated blocks: found by structure, compiled once for all of them."""
+"""A model's repeated blocks, found by structure."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from torch import nn
 
 from veneer.adapter.layers import AdaptedModule
-from veneer.kernels.compiling import compile_or_plain
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -27,9 +24,3 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
         found += list(module)
         inside |= {id(part) for block in module for part in block.modules()}
     return found
-
-
-def compile_blocks(blocks: list[nn.Module], *, dynamic: bool | None, note: Callable[[str], None]) -> None:
-    """torch.compile on each block instance; the code is compiled once and shared, as parameters are its inputs."""
-    for block in blocks:
-        block.forward = compile_or_plain(block.forward, dynamic=dynamic, note=note)

@@ -1,21 +1,20 @@
-"""Where each block keeps what its backward pass needs: on the device, nowhere (it is recomputed), or in host memory.
-
-The dial is per block, so between "all kept" and "all recomputed" there is a setting for every budget.
-"""
+"""Where a block keeps what its backward pass needs: on the device, nowhere (it is computed again), or in host memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-Mode = Literal["keep", "recompute", "recompute-offload", "offload"]
-"""keep: all saved tensors stay. recompute: the block's input alone stays. recompute-offload: the input goes to the host.
-offload: all saved tensors go to the host while later blocks compute, and come back ahead of their use."""
+Mode = Literal["keep", "selective", "recompute", "recompute-offload", "offload"]
+"""What a block keeps. keep: all that saves work. selective: what is dear to compute again (products, attention).
+recompute: its input alone. recompute-offload: its input, in host memory. offload: what selective keeps, in host memory,
+sent while later blocks compute and brought back ahead of its use."""
 
 SMALL = 1 << 20
 """Bytes below which moving a tensor costs more than it frees."""
@@ -119,37 +118,23 @@ def _dense(tensor: Tensor) -> bool:
 
 
 class Store:
-    """Decides for each block of a model how its saved tensors are kept, by wrapping the call of each block instance.
+    """Sends what blocks save to the host and brings it back. `frozen` are tensors that stay on the device anyway."""
 
-    `frozen` are tensors that stay on the device anyway. `random` says that blocks draw random numbers (dropout), which
-    a recomputation must draw again.
-    """
-
-    def __init__(
-        self, blocks: Sequence[nn.Module], frozen: Iterable[Tensor], device: torch.device, *, random: bool = True
-    ) -> None:
-        self.blocks, self.host, self.random = list(blocks), Host(device), random
+    def __init__(self, frozen: Iterable[Tensor], device: torch.device) -> None:
+        self.host = Host(device)
         self.frozen = {tensor.untyped_storage().data_ptr() for tensor in frozen}
 
-    def wrap(self, modes: Sequence[Mode]) -> None:
-        """Give each block its mode, around what its call is now (compiled, say)."""
-        for block, mode in zip(self.blocks, modes, strict=True):
-            if mode != "keep":
-                block.forward = self._kept(block.forward, mode)
+    def offloading(self, forward: Callable) -> Callable:
+        """`forward` with what it saves for the backward pass in host memory."""
 
-    def _kept(self, forward: Callable, mode: Mode) -> Callable:
-        def again(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=self.random, **kwargs)
-
+        @wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            if mode == "recompute":
-                return again(*args, **kwargs)
             shared = {t.data_ptr() for t in (*args[1:], *kwargs.values(), *_inside(kwargs)) if isinstance(t, Tensor)}
             group = self.host.open_group()
             with saved_tensors_hooks(lambda t: self._pack(t, group, shared), lambda kept: self._unpack(kept, group)):
-                return (forward if mode == "offload" else again)(*args, **kwargs)
+                return forward(*args, **kwargs)
 
         return call
 
@@ -171,6 +156,18 @@ class Store:
             for parcel in group:
                 self.host.free.setdefault(parcel.host.numel(), []).append(parcel.host)
         self.host.groups.clear()
+
+
+def recomputing(forward: Callable, random: bool) -> Callable:
+    """`forward` that keeps its inputs alone and runs again in the backward pass; `random` if it draws random numbers."""
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
+
+    return call
 
 
 def _inside(kwargs: dict[str, Any]) -> list[Tensor]:
