@@ -119,9 +119,9 @@ def veneer_step(shape: str, precision: str, lengths: list[int], mode: str):
         optimizer.step()
         return loss.detach()
 
-    context = rows_of.attention()
-    context.__enter__()
-    fast.__enter__()
+    step.contexts = rows_of.attention(), fast  # held with the step: a dropped context would end
+    for context in step.contexts:
+        context.__enter__()
     return step, lambda value: float(value) / supervised
 
 
