@@ -85,5 +85,5 @@ def elect(tasks: Sequence[Tensor], weights: Sequence[float], like: str | None = 
     for task, vote, w in zip(tasks, votes, weights, strict=True):
         agrees = torch.where(positive, vote > 0, vote < 0)
         value += torch.where(agrees, w * task, 0)
-        share += agrees * (w if like == "mergekit" else 1.0)
+        share += agrees.to(task.dtype) * (w if like == "mergekit" else 1.0)
     return value / torch.where(share == 0, torch.ones_like(share), share)
