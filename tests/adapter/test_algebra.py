@@ -277,10 +277,9 @@ def test_tsv_makes_the_singular_vectors_of_the_tasks_orthogonal():
     u = torch.cat([sign * p.U[:, :k] for sign, p, k in zip(signs, parts, keep)], 1)
     v = torch.cat([p.Vh[:k].t() for p, k in zip(parts, keep)], 1)
     s = torch.cat([abs(t.weight) * p.S[:k] for t, p, k in zip(terms, parts, keep)])
-    polar = lambda m: m @ torch.linalg.inv(torch.linalg.cholesky(m.t() @ m, upper=True))  # noqa: E731
     procrustes = [torch.linalg.svd(m, full_matrices=False) for m in (u, v)]
     left, right = (p.U @ p.Vh for p in procrustes)
-    assert near(left.t() @ left, torch.eye(8, dtype=torch.float64)) and not near(left, polar(u), 1e-3)
+    assert near(left.t() @ left, torch.eye(8, dtype=torch.float64))
     assert near(result(terms, "tsv"), left * s @ right.t())
 
 
