@@ -103,7 +103,7 @@ class WeightedStack:
         self.live = [[bank.layers[path].lora_B[name] for path in bank.entries[name].targets] for name in names]
         self.start = [[parameter.detach().clone() for parameter in own] for own in self.live]
         for _, parameter, _ in self._all():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(True).grad = None
 
     def loss_and_gradient(self, weights: Tensor, rows: RowModel, packed: Sequence[Any]) -> tuple[float, Tensor]:
         """Mean loss per supervised token, and its gradient (n) in float64."""
