@@ -318,3 +318,39 @@ def test_a_deep_copy_is_a_model_of_its_own():
     assert torch.equal(logits(model), alone)
     with pytest.raises(AdapterStateError, match="copy the model"):
         copy.deepcopy(bank)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["model.encoder.embed_tokens"], "tied_head": "both"},
+        {"target_modules": ["fc1"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["head", "both", "saved"],
+)
+def test_a_merged_model_whose_head_was_tied_to_three_embeddings_is_written_whole(options, tmp_path):
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=60, d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=20, decoder_ffn_dim=20, max_position_embeddings=40,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    randomise(veneer.attach(model, veneer.AdapterConfig(rank=3, **options)))
+    with torch.no_grad():
+        adapted = model(input_ids=IDS, decoder_input_ids=IDS).logits
+        veneer.merge(model).save_pretrained(tmp_path)
+        again = BartForConditionalGeneration.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(again(input_ids=IDS, decoder_input_ids=IDS).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_biases_that_the_architecture_has_no_place_for_warns():
+    model = tiny_llama()
+    randomise(veneer.attach(model, veneer.AdapterConfig(rank=2, lora_bias=True, target_modules=["q_proj", "v_proj"])))
+    adapted = logits(model)
+    with pytest.warns(UserWarning, match="4 merged layers, first model.layers.0.self_attn.q_proj, have a bias now"):
+        veneer.merge(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)

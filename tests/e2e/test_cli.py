@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from veneer import __version__
+from veneer.base.load import load_base
 from veneer.cli.init import TASKS
 from veneer.config import AdapterConfig, DataConfig, OptimConfig, TrainConfig
 
@@ -262,3 +263,30 @@ def test_heldout_fraction(cli, flags, tmp_path):
     assert scored.code == 0, scored.err
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["n"] == 3
     assert records(tmp_path / "run", "eval")
+
+
+def test_merge_brings_new_tokens_along_and_refuses_biases_without_a_place(cli, model_dir, chat_file, tmp_path):
+    flags = [
+        "--model",
+        model_dir,
+        "--data",
+        chat_file,
+        "--rank",
+        2,
+        "--max-steps",
+        2,
+        "--batch-size",
+        4,
+        "--lr",
+        "2e-2",
+    ]
+    assert cli("train", *flags, "--out", tmp_path / "new", "--new-tokens", "<tool>").code == 0
+    done = cli("merge", model_dir, tmp_path / "new", "--out", tmp_path / "merged")
+    assert done.code == 0 and "same top token 100.0%" in done.out, done.err
+    model, tokenizer = load_base(tmp_path / "merged")
+    assert tokenizer.tokenize("a <tool>")[-1] == "<tool>"
+    assert model.get_input_embeddings().weight.shape[0] == max(420, len(tokenizer))
+    assert cli("train", *flags, "--out", tmp_path / "bias", "--lora-bias").code == 0
+    done = cli("merge", model_dir, tmp_path / "bias", "--out", tmp_path / "biased")
+    assert done.code == 2 and "would lose them" in done.err
+    assert not (tmp_path / "biased").exists()

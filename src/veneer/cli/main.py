@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -52,6 +53,8 @@ def root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A user's mistake is one line and exit code 2; Ctrl-C is 130."""
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, whose wheels warn of each other
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(args=arguments, standalone_mode=False)
     except VeneerError as error:

@@ -61,7 +61,7 @@ def peft_config(bank: Bank, name: str, base_name: str | None) -> dict[str, Any]:
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "modules_to_save": list(entry.modules) or None,
-        "init_lora_weights": INIT_NAMES.get(config.init, True),
+        "init_lora_weights": config.lora_bias or INIT_NAMES.get(config.init, True),  # PEFT: no other with lora_bias
         "fan_in_fan_out": any(type(bank.owner(path)).__name__ == "Conv1D" for path in modules),
         "lora_bias": config.lora_bias,
         "target_parameters": parameters or None,
@@ -113,7 +113,8 @@ def _close(one: tuple[int, float], other: tuple[int, float]) -> bool:
 def check_supported(fields: dict[str, Any], source: object) -> None:
     """Raise `AdapterFormatError` for a kind of adapter that Veneer cannot hold."""
     if fields.get("peft_type", "LORA") != "LORA":
-        raise AdapterFormatError(f"{source}: a {fields['peft_type']} adapter; Veneer holds LORA")
+        how = "; save it and load_adapter reads the files" if fields["peft_type"] == "TRAINABLE_TOKENS" else ""
+        raise AdapterFormatError(f"{source}: a {fields['peft_type']} adapter; Veneer holds LORA{how}")
     for key, what in UNSUPPORTED.items():
         if fields.get(key):
             raise AdapterFormatError(f"{source}: uses {what} ({key}), which Veneer does not hold")

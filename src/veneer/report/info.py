@@ -21,7 +21,7 @@ from veneer.report.page import progress, score_rows
 from veneer.report.run import RunFiles, is_run, mapping, read_run
 
 CONFIG, TENSORS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
-TOKENS = ".token_adapter.trainable_tokens_delta"
+TOKENS = ".trainable_tokens_delta"
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 
 
@@ -145,19 +145,20 @@ def _add_run(info: Info, run: RunFiles) -> None:
 def _add_adapter(info: Info, path: Path) -> None:
     config = _read_json(path / CONFIG)
     shapes, dtypes = _read_header(path / TENSORS)
-    ranks: dict[str, int] = {}
+    ranks: dict[str, float] = {}
     rest = []
     for key, shape in shapes.items():
         found = FACTOR.match(key)
         if not found:
             rest.append(key)
         elif found[3] == "A":
-            ranks[found[1]] = shape[0]
+            name, fused = _module(found[1], config)
+            ranks[name] = _by_pattern(config, "rank_pattern", "r", name, path) if fused else shape[0]
     info.tokens = sum(shapes[key][0] for key in rest if key.endswith(TOKENS))
     if not (ranks or info.tokens):
         raise AdapterFormatError(f"{path / TENSORS}: holds no lora_A tensor: not a LoRA adapter")
     info.rslora, info.dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
-    alphas = {name: _alpha(config, name, path) for name in ranks}
+    alphas = {name: _by_pattern(config, "alpha_pattern", "lora_alpha", name, path) for name in ranks}
     roots = {name: math.sqrt(rank) if info.rslora else rank for name, rank in ranks.items()}
     info.ranks = sorted(set(ranks.values()))
     info.alphas = sorted(set(alphas.values()))
@@ -173,15 +174,26 @@ def _add_adapter(info: Info, path: Path) -> None:
     info.base = str(base) if base else None
 
 
-def _alpha(config: dict[str, Any], name: str, path: Path) -> float:
-    """A module's alpha by PEFT's rule: the first pattern that matches the name or its ending, else lora_alpha."""
+def _module(path: str, config: dict[str, Any]) -> tuple[str, bool]:
+    """What factors at a path belong to, and whether it is a parameter with several experts in one tensor.
+
+    The n-th last parameter of a module stands behind n times `.base_layer`.
+    """
+    plain, depth = path.replace(".base_layer", ""), path.count(".base_layer")
+    owned = [str(name).rpartition(".") for name in config.get("target_parameters") or []]
+    own = [leaf for owner, _, leaf in owned if f".{plain}".endswith(f".{owner}")]
+    return (f"{plain}.{own[-1 - depth]}", True) if depth < len(own) else (plain, False)
+
+
+def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str, path: Path) -> float:
+    """A module's rank or alpha by PEFT's rule: the first pattern that matches the name or its ending, else the default."""
     try:
-        for pattern, alpha in mapping(config.get("alpha_pattern")).items():
+        for pattern, value in mapping(config.get(patterns)).items():
             if re.match(rf"(.*\.)?({pattern})$", name):
-                return float(alpha)
-        return float(config.get("lora_alpha", 8))
+                return float(value)
+        return float(config.get(default, 8))
     except (re.error, TypeError, ValueError) as error:
-        raise AdapterFormatError(f"{path / CONFIG}: lora_alpha or alpha_pattern is damaged: {error}") from None
+        raise AdapterFormatError(f"{path / CONFIG}: {default} or {patterns} is damaged: {error}") from None
 
 
 def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
