@@ -354,3 +354,23 @@ def test_merging_biases_that_the_architecture_has_no_place_for_warns():
     with pytest.warns(UserWarning, match="4 merged layers, first model.layers.0.self_attn.q_proj, have a bias now"):
         veneer.merge(model)
     torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("body", [False, True], ids=["model", "body"])
+def test_calls_with_other_invocations_keep_their_own_places_under_gradient_checkpointing(body):
+    """Both calls come before the one backward pass, in which every block runs again."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        bank = veneer.attach(model, veneer.AdapterConfig(rank=3, invocation=[7, 8]), seed=0)
+        randomise(bank)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        first, second = IDS[:1], torch.tensor([[8, 13, 21, 5, 34, 7, 8]])
+        called = model.base_model if body else model
+        outs = [called(input_ids=ids)[0] for ids in (first, second)]
+        sum(out.square().sum() for out in outs).backward()
+        gradients.append([p.grad for p in bank.parameters("default").values()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)

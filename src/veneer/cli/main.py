@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from veneer.cli import chat, data, evaluate, generate, info, init, merge, train
+from veneer.cli import chat, data, evaluate, generate, info, init, merge, reduce, train
 from veneer.errors import VeneerError
 from veneer.version import __version__
 
@@ -28,6 +28,7 @@ app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
 app.command("merge")(merge.command)
+app.command("reduce")(reduce.command)
 app.command("init")(init.command)
 app.command("info")(info.command)
 

@@ -91,8 +91,13 @@ def _written_ranks(bank: Bank, name: str) -> tuple[int, float, dict[str, int], d
     own = config.rank, config.alpha, *sorted_patterns
     if all(_close(written[path], _resolved(path, *own)) for path in written):
         return own
+    return as_patterns(written) if written else (config.rank, config.alpha, {}, {})
+
+
+def as_patterns(written: dict[str, tuple[int, float]]) -> tuple[int, float, dict[str, int], dict[str, float]]:
+    """(r, lora_alpha, rank_pattern, alpha_pattern) from each module's rank and alpha, with whole names as patterns."""
     values = list(written.values())
-    rank, alpha = max(values, key=values.count) if values else own[:2]
+    rank, alpha = max(values, key=values.count)
     key = {path: f"^{path}" if any(other.endswith(f".{path}") for other in written) else path for path in written}
     ranks = {key[path]: r for path, (r, _) in written.items() if r != rank}
     alphas = {key[path]: _number(a) for path, (_, a) in written.items() if abs(a - alpha) > 1e-9 * alpha}
