@@ -374,3 +374,32 @@ def test_calls_with_other_invocations_keep_their_own_places_under_gradient_check
         gradients.append([p.grad for p in bank.parameters("default").values()])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}], ids=["lora", "dora"])
+def test_gradient_checkpointing_replays_the_adapters_that_acted(options):
+    """One backward pass over calls with one adapter, another, and a row each; then the present adapter acts again."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        for seed, name in enumerate("ab"):
+            bank = veneer.attach(model, veneer.AdapterConfig(rank=3, **options), name=name, seed=seed)
+            randomise(bank, name, spread=0.1)
+        trained = [p for name in "ab" for p in bank.parameters(name).values()]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        bank.activate("a")
+        loss = logits(model).square().sum()
+        bank.activate({"a": 0.5, "b": 1.0})
+        loss = loss + logits(model).square().sum()
+        with bank.route(["b", "a"]):
+            loss = loss + logits(model).square().sum()
+        bank.activate("b")
+        loss.backward()
+        assert bank.active == {"b": 1.0} and bank.routing.rows is None
+        gradients.append([p.grad for p in trained])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)

@@ -29,6 +29,7 @@ from veneer.adapter.layers import (
     plain,
 )
 from veneer.adapter.pretrained import claim
+from veneer.adapter.replay import watch_calls
 from veneer.adapter.scope import Plan, with_task_heads, with_token_ids
 from veneer.adapter.targets import Target, check_twins, embedding_twins, output_head, select
 from veneer.config import AdapterConfig
@@ -213,6 +214,7 @@ def _new_bank(model: nn.Module) -> Bank:
     model.requires_grad_(False)
     model.__dict__[BANK] = bank  # not a submodule: it must not show in state_dict() or named_modules()
     claim(bank)
+    bank.undo += watch_calls(model, bank.routing)
     return bank
 
 

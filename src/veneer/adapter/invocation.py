@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,19 +50,6 @@ class Watch:
         """After the whole model ran."""
         self.inside = False
 
-    def remember(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """With gradient checkpointing the blocks run again in the backward pass, perhaps after further calls: whatever
-        gradient comes to this call's output puts its own places back first."""
-        acts = self.routing.tokens.get(self.name)
-
-        def restore(gradient: Tensor) -> None:
-            self.routing.tokens[self.name] = acts
-
-        parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
-        for part in parts:
-            if isinstance(part, Tensor) and part.requires_grad:
-                part.register_hook(restore)
-
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.inside:
             return
@@ -88,10 +75,8 @@ def watch_invocation(bank: Bank, name: str, invocation: Sequence[int]) -> Callab
     body = getattr(model, "base_model", model)
     handles = [model.register_forward_pre_hook(watch.enter, with_kwargs=True)]
     handles += [model.register_forward_hook(watch.leave, always_call=True)]
-    handles += [model.register_forward_hook(watch.remember)]
     if body is not model:
         handles += [body.register_forward_pre_hook(watch, with_kwargs=True)]
-        handles += [body.register_forward_hook(watch.remember)]
     return partial(_remove_all, handles)
 
 

@@ -34,7 +34,7 @@ from veneer.adapter.vocabulary import add_tokens
 from veneer.base.fingerprint import Fingerprint, fingerprint, mismatch
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterFormatError, AdapterStateError, TargetError, WrongBaseError
-from veneer.files import new_directory
+from veneer.files import new_directory, read_object
 from veneer.formats.peft_config import adapter_config, check_supported, peft_config, peft_targets
 from veneer.formats.peft_tensors import PREFIX, adapter_tensors, resolve_paths, split
 from veneer.formats.peft_tokens import PEFT_TYPE, as_lora_fields, as_lora_key, without_lora
@@ -120,7 +120,7 @@ def load_adapter(
 
 def new_tokens_of(path: Path) -> list[str]:
     """The tokens that an adapter adds to its base's vocabulary."""
-    record = _read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    record = read_object(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
     return list((record.get("config") or {}).get("new_tokens") or [])
 
 
@@ -173,7 +173,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """LoraConfig's fields from adapter_config.json; `AdapterFormatError` if missing, broken or not what Veneer can hold."""
     if not path.is_dir():
         raise AdapterFormatError(f"{path}: no such adapter directory")
-    fields = _read_json(path / CONFIG)
+    fields = read_object(path / CONFIG)
     if fields.get("peft_type") == PEFT_TYPE:
         fields = as_lora_fields(fields, path)
     check_supported(fields, path)
@@ -197,7 +197,7 @@ def check_base(model: nn.Module, path: Path, force: bool) -> None:
     """Refuse an adapter whose veneer.json names another base; no file, no check."""
     if force or not (path / PROVENANCE).exists():
         return
-    base = _read_json(path / PROVENANCE).get("base", {})
+    base = read_object(path / PROVENANCE).get("base", {})
     if not base.get("fingerprint"):
         return
     mine = Fingerprint.from_dict(base_record(model)["fingerprint"])
@@ -342,15 +342,3 @@ def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tenso
 
 def _write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterFormatError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterFormatError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise AdapterFormatError(f"{path} is damaged: not an object")
-    return values

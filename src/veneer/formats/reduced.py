@@ -14,7 +14,7 @@ from torch import Tensor
 from veneer.adapter.math import alpha_of, scaling
 from veneer.adapter.targets import matches_pattern
 from veneer.errors import AdapterFormatError, ConfigError
-from veneer.files import new_directory, write_text
+from veneer.files import new_directory, read_object, write_text
 from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, read_config, read_tensors
 from veneer.formats.peft_config import as_patterns
 from veneer.formats.peft_tensors import PREFIX
@@ -85,7 +85,7 @@ def reduce_adapter(adapter: str | Path, out: str | Path, rank: int) -> Reduction
         write_text(folder / CONFIG, json.dumps(fields, indent=2, sort_keys=True) + "\n")
         save_file({PREFIX + key: value for key, value in tensors.items()}, folder / TENSORS, metadata={"format": "pt"})
         if (folder / PROVENANCE).exists():
-            record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+            record = read_object(folder / PROVENANCE)
             write_text(folder / PROVENANCE, json.dumps(record | {"reduced_to_rank": rank}, indent=2) + "\n")
     share = {name: (lost / whole) ** 0.5 if whole else 0.0 for name, (lost, whole) in norms.items()}
     lost, whole = (sum(pair[i] for pair in norms.values()) for i in (0, 1))

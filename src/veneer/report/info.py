@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from veneer.errors import AdapterFormatError, RunError
+from veneer.files import read_object
 from veneer.report import text
 from veneer.report.page import progress, score_rows
 from veneer.report.run import RunFiles, is_run, mapping, read_run
@@ -143,7 +143,7 @@ def _add_run(info: Info, run: RunFiles) -> None:
 
 
 def _add_adapter(info: Info, path: Path) -> None:
-    config = _read_json(path / CONFIG)
+    config = read_object(path / CONFIG)
     shapes, dtypes = _read_header(path / TENSORS)
     ranks: dict[str, float] = {}
     rest = []
@@ -169,7 +169,7 @@ def _add_adapter(info: Info, path: Path) -> None:
     info.parameters = sum(math.prod(shape) for shape in shapes.values())
     info.bytes = (path / TENSORS).stat().st_size
     info.dtypes = dtypes
-    noted = _read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    noted = read_object(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
     base = mapping(noted.get("base")).get("name_or_path") or config.get("base_model_name_or_path")
     info.base = str(base) if base else None
 
@@ -207,15 +207,3 @@ def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
             return shapes, sorted({part.get_dtype() for part in slices.values()})
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{file} is damaged or cut short: {error}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterFormatError(f"{file} is missing") from None
-    except (OSError, ValueError) as error:
-        raise AdapterFormatError(f"{file} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise AdapterFormatError(f"{file} is damaged: not an object")
-    return values
