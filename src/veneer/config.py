@@ -267,8 +267,15 @@ class OptimConfig(Section):
     gives the same answer packed and says so if it falls back."""
     share_prefix: bool = True
     """Compute a prompt prefix that several examples of a packed row share once; exact, as no token sees a later one."""
-    checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, more time."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
+    """AdamW in float32, or bitsandbytes' with 8-bit or paged states (NVIDIA GPUs)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile a model's repeated blocks with torch.compile: auto does so on an NVIDIA GPU."""
+    checkpointing: Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"] = "keep"
+    """What each block keeps for the backward pass. keep: all that saves work. selective: what is dear to compute again
+    (when compiled). recompute: its input. recompute-offload: its input, in host memory. offload: what selective keeps, in
+    host memory, copied while other blocks compute. mixed: every third block as offload, the others as recompute-offload.
+    (true and false mean recompute and keep.)"""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""
     eval_examples: int | None = Field(None, ge=1)
@@ -282,7 +289,12 @@ class OptimConfig(Section):
     log_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Besides metrics.jsonl: tensorboard, wandb, trackio, where installed."""
 
-    @field_validator("pack", mode="before")
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _dial(cls, value: Any) -> Any:
+        return {True: "recompute", False: "keep"}[value] if isinstance(value, bool) else value
+
+    @field_validator("compile", "pack", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # what YAML reads on/off as

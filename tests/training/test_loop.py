@@ -18,6 +18,7 @@ from veneer.config import AdapterConfig, TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.errors import RunError, TrainingDiverged
 from veneer.training import loop, state
+from veneer.training.flat import FlatOptimizer
 from veneer.training.forward import RowModel
 from veneer.training.metrics import read_metrics
 from veneer.training.optim import lr_factor, make_optimizer, warmup_steps
@@ -256,8 +257,13 @@ def test_killed_while_writing_a_checkpoint_goes_on_from_the_one_before(
 
         return wrapped
 
-    target = {"tensors": "save_adapter", "moments": "save_file", "state": "asdict", "rename": "_moments"}[moment]
-    monkeypatch.setattr(state, target, die_on_second(getattr(state, target)))
+    owner, target = {
+        "tensors": (state, "save_adapter"),
+        "moments": (state, "save_file"),
+        "state": (state, "asdict"),
+        "rename": (FlatOptimizer, "state"),
+    }[moment]
+    monkeypatch.setattr(owner, target, die_on_second(getattr(owner, target)))
     # A kill runs no clean-up: keep what a dying write would leave.
     monkeypatch.setattr("veneer.files.shutil.rmtree", lambda *a, **k: None)
     with pytest.raises(Killed):

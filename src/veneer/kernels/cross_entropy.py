@@ -6,8 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.kernels.compiling import compile_or_plain
+
 CHUNK_BYTES = 64 << 20
 """Float32 logits of one chunk: 64 MiB keep the products large and the peak small."""
+GPU_CHUNK_BYTES = 256 << 20
+"""The same for logits in the head's own dtype on a GPU, whose products want more rows."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -21,6 +25,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, softcap, logit_scale):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        if hidden.is_cuda and grad is not None:
+            return _on_gpu(ctx, hidden, weight, bias, targets, softcap, logit_scale, grad)
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
@@ -45,6 +51,41 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total):
         (grad,) = ctx.saved_tensors
         return grad * grad_total.to(grad.dtype), None, None, None, None, None
+
+
+def loss_and_slope(z: Tensor, targets: Tensor, softcap: float | None, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """Logits z (N, V) of the head → (Σ −log softmax(z′)[target] in float32, its derivative by z in z's dtype).
+
+    z′ = cap·tanh(c·z/cap), or c·z.
+    """
+    scaled = z.float() * logit_scale
+    capped = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+    lse = torch.logsumexp(capped, -1, keepdim=True)
+    wanted = targets.unsqueeze(-1)
+    loss = (lse - capped.gather(-1, wanted)).sum()
+    onehot = torch.arange(z.shape[-1], device=z.device) == wanted
+    slope = (torch.exp(capped - lse) - onehot.float()) * logit_scale
+    if softcap is not None:
+        slope = slope * (1 - (capped / softcap).square())
+    return loss, slope.to(z.dtype)
+
+
+_compiled = None
+
+
+def _on_gpu(ctx, hidden, weight, bias, targets, softcap, logit_scale, grad):
+    """The forward pass on a GPU: the element-wise part of each chunk is one compiled kernel."""
+    global _compiled
+    _compiled = _compiled or compile_or_plain(loss_and_slope)
+    rows = max(1, GPU_CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        loss, slope = _compiled(F.linear(hidden[part], weight, bias), targets[part], softcap, logit_scale)
+        total += loss
+        torch.mm(slope, weight, out=grad[part])
+    ctx.save_for_backward(grad)
+    return total
 
 
 def linear_cross_entropy(

@@ -75,7 +75,10 @@ NOT_FROZEN = "the weight is trained, has another dtype than x, or autocast choos
 
 def _frozen(x: Tensor, weight: Tensor) -> bool:
     """Whether a fused function may take the weight as a constant in x's dtype."""
-    return not weight.requires_grad and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    plain = torch.compiler.is_compiling()  # the compiler fuses the twin better, and picks what to keep
+    return (
+        not (weight.requires_grad or plain) and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def linear_cross_entropy(

@@ -19,7 +19,7 @@ from veneer.data.example import TokenizedExample
 from veneer.data.pack import Row, pack
 from veneer.errors import BaseModelError
 from veneer.kernels import dispatch
-from veneer.kernels.attention import packed_attention
+from veneer.kernels.attention import Layout, has_varlen, layout_attention, packed_attention
 from veneer.kernels.cross_entropy import CHUNK_BYTES
 
 ATTENTION = "veneer_packed"
@@ -34,6 +34,9 @@ def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=N
         raise BaseModelError(
             "this model's attention has soft-caps or sinks, which packed rows do not have; use pack: off"
         )
+    layout = extra.get("veneer_layout")
+    if layout is not None and not dropout:
+        return layout_attention(query, key, value, layout, scale=scaling, window=sliding_window), None
     out = packed_attention(
         query, key, value, _current["segments"], scale=scaling, window=sliding_window, dropout=dropout
     )
@@ -73,6 +76,8 @@ class RowModel:
         self.model, self.head = model, Head.of(model)
         self.packing = packing and bool(getattr(model, "_supports_attention_backend", False))
         self.fast_head = True
+        weight = next(model.parameters())
+        self.varlen = weight.is_cuda and weight.dtype != torch.float32 and has_varlen()
         self.notes: list[str] = []
         bank = model.__dict__.get(BANK)
         if self.packing and bank is not None and bank.routing.tokens:
@@ -90,6 +95,8 @@ class RowModel:
         inputs = {"input_ids": ids[None], "use_cache": False}
         if len(row.segments) > 1:
             inputs["position_ids"] = positions[None]
+        if self.packing and self.varlen:
+            inputs["veneer_layout"] = Layout.of(_current["segments"], device)
         if not self.fast_head:
             logits = self.model(**inputs).logits[0, predictors].float()
             return F.cross_entropy(logits, targets, reduction="sum")

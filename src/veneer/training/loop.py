@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from veneer.adapter.attach import attach_blank, get_bank
 from veneer.adapter.init import COMPUTED
@@ -25,11 +26,13 @@ from veneer.data.example import TokenizedExample
 from veneer.errors import DataError, RunError, TrainingDiverged, VeneerError
 from veneer.files import write_text
 from veneer.formats.peft import read_tensors, save_adapter
+from veneer.training.accelerate import Accelerated, use_compile
 from veneer.training.adalora import AdaLora, phases
 from veneer.training.evaluate import heldout_loss
+from veneer.training.flat import FlatOptimizer
 from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
-from veneer.training.optim import correct_lora_fa, lr_factor, make_optimizer, set_lr, warmup_steps
+from veneer.training.optim import correct_lora_fa, lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
 from veneer.training.state import (
     Progress,
@@ -112,7 +115,7 @@ class Trainer:
         self.metrics = MetricsLog(self.out, list(self.config.train.log_to))
         self.metrics.truncate_after(state.step)
         try:
-            with self._signals(), self.rows.attention():
+            with self._signals(), self.rows.attention(), self.fast:
                 return self._steps(setup, state)
         finally:
             self.metrics.close()
@@ -136,15 +139,19 @@ class Trainer:
         if (invocation := bank.entries["default"].config.invocation) is not None:
             self._check_invocation(setup, invocation)
         embeddings = [path for path, layer in bank.layers.items() if isinstance(layer.base_layer, torch.nn.Embedding)]
-        self.optimizer = make_optimizer(self.parameters, self.config.train, embeddings)
-        self.trained = Trained(setup.model, self.parameters, self.optimizer, self.adalora)
-        if self.config.train.checkpointing:
-            setup.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.optimizer = FlatOptimizer(self.parameters, self.config.train, embeddings)
+        self.trained = Trained(setup.model, self.optimizer, self.adalora)
         self.rows = RowModel(setup.model, packing=self.config.train.pack != "off")
         few = [setup.train[i] for i in range(min(8, len(setup.train)))]
         self.rows.check(few, required=self.config.train.pack == "on")
         for note in self.rows.notes:
             self._note(note)
+        self.fast = Accelerated(
+            setup.model,
+            modes=self.config.train.checkpointing,
+            compile=use_compile(self.config.train.compile, next(setup.model.parameters()).device),
+            note=self._note,
+        )
         setup.model.train()
 
     def _check_invocation(self, setup: Setup, invocation: list[int]) -> None:
@@ -213,23 +220,23 @@ class Trainer:
         torch.manual_seed((self.config.seed * 1_000_003 + state.step) % 2**63)  # dropout follows from the step alone
         rows = self.rows.pack(examples, options.micro_batch_tokens, options.share_prefix)
         supervised = sum(len(row.targets) for row in rows)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
+        self.optimizer.zero_grad()
+        losses: list[Tensor] = []
         for row in rows:
             if self._interrupted:
                 return None
+            self.fast.start()
             with self.rows.row(row) as row_loss:
-                self._check_finite(float(row_loss.detach()), state.step + 1, indices, examples)
                 (row_loss / supervised).backward()
-            loss += float(row_loss.detach()) / supervised
+            losses.append(row_loss.detach())  # read after the last row: the device need not wait for us in between
+        loss = float(sum(losses)) / supervised
+        self._check_finite(loss, state.step + 1, indices, examples)
         if self.adalora:
             self.adalora.backward()
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
+        norm = float(self.optimizer.norm())
         self._check_finite(norm, state.step + 1, indices, examples)
         if options.max_grad_norm and norm > options.max_grad_norm:
-            for p in self.parameters.values():
-                if p.grad is not None:
-                    p.grad.mul_(options.max_grad_norm / norm)
+            self.optimizer.scale_(options.max_grad_norm / norm)
         if self.config.adapter.lora_fa and options.lora_fa_correction:
             correct_lora_fa(self.bank, "default")
         self.optimizer.step()

@@ -83,7 +83,7 @@ def correct_lora_fa(bank: Bank, name: str) -> None:
     """Apply `lora_fa_gradient` to every B of an adapter, in place."""
     for layer in bank.layers.values():
         if name in layer.lora_B and (b := layer.lora_B[name]).grad is not None:
-            b.grad = lora_fa_gradient(b.grad, layer.lora_A[name].detach(), layer.scaling[name])
+            b.grad.copy_(lora_fa_gradient(b.grad, layer.lora_A[name].detach(), layer.scaling[name]))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

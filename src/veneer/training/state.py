@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from veneer.files import new_directory, remove_leftovers
 from veneer.formats.peft import read_tensors, save_adapter
 from veneer.formats.peft_tensors import PREFIX, adapter_tensors, assign
 from veneer.training.adalora import AdaLora
+from veneer.training.flat import FlatOptimizer
 
 STATE, MOMENTS, ADALORA = "state.json", "optimizer.safetensors", "adalora.safetensors"
 
@@ -45,11 +45,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 @dataclass
 class Trained:
-    """What a checkpoint holds besides its `Progress`: the adapted model, and what its optimiser trains, by name."""
+    """What a checkpoint holds besides its `Progress`: the adapted model and the state of its optimiser."""
 
     model: nn.Module
-    parameters: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: FlatOptimizer
     adalora: AdaLora | None = None
 
 
@@ -58,7 +57,7 @@ def save_checkpoint(run: Path, trained: Trained, state: Progress, keep: int) -> 
     path = run / "checkpoints" / f"step-{state.step:08d}"
     with new_directory(path) as folder:
         save_adapter(trained.model, folder / "adapter")
-        save_file(_moments(trained), folder / MOMENTS)
+        save_file(trained.optimizer.state(), folder / MOMENTS)
         if trained.adalora is not None:
             save_file(trained.adalora.state(), folder / ADALORA)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
@@ -78,16 +77,10 @@ def load_checkpoint(path: Path, trained: Trained) -> Progress:
     fill_adapter(trained.model, tensors, path)
     if trained.adalora is not None:
         trained.adalora.load_state(ranks)
-    for name, parameter in trained.parameters.items():
-        if f"{name}.step" not in moments:  # frozen, or never reached by a gradient
-            continue
-        trained.optimizer.state[parameter] = {
-            "step": moments[f"{name}.step"],
-            "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device),
-            "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device),
-        }
-        if parameter.is_cuda:  # the fused kernel wants its step counter beside the weights
-            trained.optimizer.state[parameter]["step"] = moments[f"{name}.step"].to(parameter.device)
+    try:
+        trained.optimizer.load_state(moments)
+    except (KeyError, RuntimeError) as error:
+        raise RunError(f"checkpoint {path} holds another optimiser's state: {error}") from None
     return state
 
 
@@ -112,16 +105,6 @@ def fill_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
         raise RunError(f"checkpoint {path} does not hold this run's adapter: its tensors are others")
     assign(bank, name, tensors)
     return bank.parameters(name)
-
-
-def _moments(trained: Trained) -> dict[str, torch.Tensor]:
-    state = trained.optimizer.state
-    return {
-        f"{name}.{key}": state[parameter][key].detach().to("cpu", copy=True).contiguous()
-        for name, parameter in trained.parameters.items()
-        if parameter in state
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    }
 
 
 def tidy(run: Path) -> None:

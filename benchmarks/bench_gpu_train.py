@@ -1,0 +1,271 @@
+"""Training steps on one GPU against PEFT, PEFT with Liger's kernels and Unsloth: real forward, backward and update.
+
+    python benchmarks/bench_gpu_train.py --out results.json              all cases
+    python benchmarks/bench_gpu_train.py --only "8B bf16 4x2048"         one of them
+
+Each measurement runs in a process of its own: random weights from the real configuration, random tokens, rank 16 on all
+seven projections, AdamW in float32. Reported: the median step, tokens/s, peak allocated memory, seconds to the first
+step. Peers that are not installed are left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONFIGS = {
+    "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+               num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
+    "1B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+               num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True, head_dim=64),
+}  # fmt: skip
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES = {
+    "8B bf16 4x2048": ("8B", "bf16", [2048] * 4,
+        ["veneer:keep", "veneer:selective", "peft", "peft-nocast", "liger-nocast", "unsloth:none"]),
+    "8B bf16 4x2048 in less memory": ("8B", "bf16", [2048] * 4,
+        ["veneer:recompute", "veneer:recompute-offload", "veneer:mixed", "liger-nocast:ckpt", "unsloth:ckpt"]),
+    "8B nf4 1x2048": ("8B", "nf4", [2048], ["veneer:recompute", "veneer:selective", "unsloth:ckpt"]),
+    "8B nf4 4x2048": ("8B", "nf4", [2048] * 4, ["veneer:recompute", "unsloth:ckpt"]),
+    "1B bf16 8x1024": ("1B", "bf16", [1024] * 8, ["veneer:keep", "veneer:selective", "liger-nocast", "unsloth:none"]),
+    "1B bf16 1x512": ("1B", "bf16", [512], ["veneer:keep", "liger-nocast", "unsloth:none"]),
+    "8B bf16 32k": ("8B", "bf16", [32768], ["veneer:recompute-offload", "unsloth:ckpt"]),
+}  # fmt: skip
+
+
+def config_of(shape: str):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(rope_theta=500000.0, max_position_embeddings=131072, **CONFIGS[shape])
+
+
+def build(shape: str, precision: str):
+    """Random weights, made on the GPU; NF4 by loading them from memory-backed disk."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if precision == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        quant = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_pretrained(
+            saved(shape), quantization_config=quant, dtype=torch.bfloat16, device_map={"": 0}
+        )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config_of(shape))
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def saved(shape: str) -> str:
+    """A directory with random weights and some tokenizer, for what loads from disk only."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"veneer-bench-{shape}"
+    if not (path / "config.json").exists():
+        model = build(shape, "bf16")
+        model.save_pretrained(path)
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+        tokenizer.train_from_iterator(["a b c"], trainers.BpeTrainer(special_tokens=["<s>", "</s>", "<pad>"]))
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+        fast.save_pretrained(path)
+        del model
+        torch.cuda.empty_cache()
+    return str(path)
+
+
+def veneer_step(shape: str, precision: str, lengths: list[int], mode: str):
+    import numpy as np
+
+    import veneer
+    from veneer.data.example import TokenizedExample
+    from veneer.training.accelerate import Accelerated
+    from veneer.training.flat import FlatOptimizer
+    from veneer.training.forward import RowModel
+
+    model = build(shape, precision)
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=16, alpha=32), seed=0)
+    model.train()
+    optimizer = FlatOptimizer(bank.parameters("default"), veneer.OptimConfig(lr=1e-4))
+    rows_of = RowModel(model)
+    fast = Accelerated(model, modes=mode, dynamic=len(set(lengths)) > 1, note=lambda text: print(text, file=sys.stderr))
+    random = np.random.default_rng(0)
+    examples = [
+        TokenizedExample(random.integers(5, model.config.vocab_size - 5, n).astype(np.int32), np.ones(n, bool))
+        for n in lengths
+    ]
+    rows = rows_of.pack(examples, sum(lengths), False)
+    supervised = sum(len(row.targets) for row in rows)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        for row in rows:
+            fast.start()
+            with rows_of.row(row) as loss:
+                (loss / supervised).backward()
+        optimizer.step()
+        return loss.detach()
+
+    step.contexts = rows_of.attention(), fast  # held with the step: a dropped context would end
+    for context in step.contexts:
+        context.__enter__()
+    return step, lambda value: float(value) / supervised
+
+
+def peft_step(shape: str, precision: str, lengths: list[int], name: str, mode: str):
+    import peft
+    import torch
+
+    if name.startswith("liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    model = build(shape, precision)
+    if precision == "nf4":
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=mode == "ckpt")
+    elif mode == "ckpt":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS))
+    if name.endswith("nocast"):
+        for module in model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return plain_step(model, lengths)
+
+
+def unsloth_step(shape: str, precision: str, lengths: list[int], mode: str):
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        saved(shape), max_seq_length=max(lengths), dtype=torch.bfloat16, load_in_4bit=precision == "nf4",
+        local_files_only=True,
+    )  # fmt: skip
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=PROJECTIONS,
+        use_gradient_checkpointing="unsloth" if mode == "ckpt" else False, max_seq_length=max(lengths),
+    )  # fmt: skip
+    return plain_step(model, lengths)
+
+
+def plain_step(model, lengths: list[int]):
+    """Forward with labels, backward, AdamW, on a batch of equal lengths."""
+    import torch
+
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    ids = torch.randint(5, model.config.vocab_size - 5, (len(lengths), lengths[0]), device="cuda")
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step, float
+
+
+def worker(shape: str, precision: str, lengths: list[int], who: str, steps: int) -> dict:
+    began = time.time()
+    name, _, mode = who.partition(":")
+    if name == "unsloth":
+        step, value = unsloth_step(shape, precision, lengths, mode)
+    elif name == "veneer":
+        step, value = veneer_step(shape, precision, lengths, mode)
+    else:
+        step, value = peft_step(shape, precision, lengths, name, mode)
+    import torch
+
+    torch.cuda.synchronize()
+    ready = time.time()
+    loss = step()
+    torch.cuda.synchronize()
+    first = time.time()
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        start = time.time()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.time() - start)
+    middle = statistics.median(times)
+    return {
+        "who": who, "tokens_per_second": round(sum(lengths) / middle), "step_ms": round(1000 * middle, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "load_s": round(ready - began, 1),
+        "first_step_s": round(first - ready, 1), "loss": round(value(loss), 4),
+    }  # fmt: skip
+
+
+def ceiling() -> float:
+    """Sustained matmul rate in TFLOP/s: a 8192³ bfloat16 product on random data for two seconds."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    start, count = time.time(), 0
+    while time.time() - start < 2:
+        for _ in range(50):
+            a @ b
+        torch.cuda.synchronize()
+        count += 50
+    return 2 * 8192**3 * count / (time.time() - start) / 1e12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=CASES, help="measure this case (may be repeated)")
+    parser.add_argument("--who", action="append", help="measure these alone, e.g. veneer:keep")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        case, who = options.worker
+        shape, precision, lengths, _ = CASES[case]
+        print("RESULT " + json.dumps(worker(shape, precision, lengths, who, options.steps)), flush=True)
+        return
+    import torch
+    import transformers
+
+    record = {
+        "device": torch.cuda.get_device_name(0), "torch": torch.__version__, "transformers": transformers.__version__,
+        "matmul_tflops": round(ceiling(), 1), "cases": {},
+    }  # fmt: skip
+    print(json.dumps({k: v for k, v in record.items() if k != "cases"}), flush=True)
+    torch.cuda.empty_cache()
+    for case in options.only or CASES:
+        rows = record["cases"][case] = []
+        for who in options.who or CASES[case][3]:
+            command = [sys.executable, __file__, "--worker", case, who, "--steps", str(options.steps)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+            failed = {"who": who, "failed": (done.stderr or done.stdout).strip().splitlines()[-1:]}
+            rows.append(json.loads(line.removeprefix("RESULT ")) if line else failed)
+            print(f"{case:32s} {json.dumps(rows[-1])}", flush=True)
+            if options.out:
+                options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

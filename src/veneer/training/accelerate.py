@@ -1,0 +1,98 @@
+"""What makes a training step fast, put on a model and taken off again: compiled blocks, and a dial for their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
+
+from veneer.adapter.layers import AdaptedModule
+from veneer.errors import ConfigError
+from veneer.kernels.compiling import compile_or_plain
+from veneer.training.blocks import repeated_blocks
+from veneer.training.store import Mode, Store, recomputing
+
+Dial = Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"]
+KEEP: dict[Mode, float] = {"keep": 1.0, "selective": 0.7, "offload": 0.7, "recompute": 0.0, "recompute-offload": 0.0}
+"""The share that the compiler keeps on each setting."""
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def spread(dial: Dial, blocks: int) -> list[Mode]:
+    """A mode for each block. "mixed": every third block as offload, the others as recompute-offload."""
+    if dial == "mixed":
+        return ["offload" if i % 3 == 1 else "recompute-offload" for i in range(blocks)]
+    return [dial] * blocks
+
+
+def use_compile(wish: Literal["auto", "on", "off"], device: torch.device) -> bool:
+    """Whether blocks are compiled: auto does so on a GPU that has triton. Raises `ConfigError`."""
+    there = device.type == "cuda" and find_spec("triton") is not None
+    if wish == "on" and device.type == "cuda" and not there:
+        raise ConfigError("train.compile: on needs triton: pip install triton, or use auto")
+    return wish == "on" or (wish == "auto" and there)
+
+
+def draws_random(model: nn.Module) -> bool:
+    """Whether a model in training draws random numbers: by dropout of its own or of an adapter."""
+    config = getattr(model, "config", None)
+    rates = [module.p for module in model.modules() if isinstance(module, _DropoutNd)]
+    rates += [value for key, value in (vars(config) if config is not None else {}).items() if "drop" in key]
+    rates += [
+        rate for module in model.modules() if isinstance(module, AdaptedModule) for rate in module.dropout.values()
+    ]
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+
+
+class Accelerated:
+    """A context in which a model's repeated blocks are compiled and keep what the dial says for the backward pass.
+
+    `modes` is one word of the dial, or a mode for each block. `dynamic` says that inputs differ in length. Each block
+    instance gets another `forward` while the context lasts; no class is changed. On Hopper GPUs attention prefers
+    cuDNN's kernels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        modes: Dial | Sequence[Mode] = "keep",
+        compile: bool = True,
+        dynamic: bool = True,
+        note: Callable[[str], None] = print,
+    ) -> None:
+        self.blocks = repeated_blocks(model)
+        self.modes = spread(modes, len(self.blocks)) if isinstance(modes, str) else list(modes)
+        self.compile, self.dynamic, self.note = compile, dynamic, note
+        self.device, self.random = next(model.parameters()).device, draws_random(model)
+        self.store = Store(model.parameters(), self.device)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Accelerated:
+        for block, mode in zip(self.blocks, self.modes, strict=True):
+            block.forward = self._wrapped(block.forward, mode)
+        if self.device.type == "cuda":
+            hopper = torch.cuda.get_device_capability(self.device) >= (9, 0)
+            self._stack.enter_context(sdpa_kernel(BACKENDS if hopper else BACKENDS[1:], set_priority=True))
+        return self
+
+    def _wrapped(self, forward: Callable, mode: Mode) -> Callable:
+        call = recomputing(forward, self.random) if KEEP[mode] == 0 else forward
+        if self.compile:
+            call = compile_or_plain(forward, keep=KEEP[mode], dynamic=self.dynamic, otherwise=call, note=self.note)
+        return self.store.offloading(call) if mode.endswith("offload") else call
+
+    def __exit__(self, *error: object) -> None:
+        for block in self.blocks:
+            block.__dict__.pop("forward", None)
+        self._stack.close()
+
+    def start(self) -> None:
+        """Call before each forward pass of a training step."""
+        self.store.start()
