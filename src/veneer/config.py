@@ -147,7 +147,8 @@ class AdapterConfig(Section):
     """Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397): the adapter acts only from the last occurrence of this
     text (or these token ids) on, so that what comes before may be shared with the base's cache."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga", "loftq"] = "kaiming"
-    """How A and B start (docs/variants.md says when to use which). All but loftq start at the base's own output."""
+    """How A and B start: kaiming, gaussian, orthogonal, pissa, olora, eva, corda, lora_ga or, on a quantised base, loftq
+    (docs/variants.md says when to use which). All but loftq start at the base's own output."""
     init_options: InitOptions = Field(default_factory=InitOptions)
     """Settings of the initialisation."""
     dtype: Literal["float32", "base"] = "float32"

@@ -6,6 +6,8 @@ import pytest
 
 from conftest import tiny_llama
 
+pytest_plugins = ["commands"]
+
 
 @pytest.fixture
 def shape(tmp_path):
