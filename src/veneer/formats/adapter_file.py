@@ -16,9 +16,11 @@ from torch import Tensor
 from veneer.adapter import math
 from veneer.adapter.targets import matches_pattern
 from veneer.errors import AdapterFormatError, AdapterStateError
-from veneer.files import new_directory
-from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, read_config, read_json, read_tensors, write_json
+from veneer.files import new_directory, read_object
+from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, read_config, read_tensors, write_json
+from veneer.formats.peft_config import as_patterns
 from veneer.formats.peft_tensors import PREFIX
+from veneer.formats.peft_tokens import without_lora
 
 FACTOR = re.compile(r"(?P<path>.+)\.(?:lora_(?P<leaf>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 OUT_PROJ = ".base_layer.out_proj"
@@ -94,7 +96,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     layers = {name: _factors(path, name, pair, fields, name in embeddings) for name, pair in found.items()}
     if not (layers or rest):
         raise AdapterFormatError(f"{path / TENSORS} holds no tensor")
-    provenance = read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    provenance = read_object(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
     return AdapterFile(path, fields, provenance, layers, rest)
 
 
@@ -115,6 +117,8 @@ def write_adapter(adapter: AdapterFile, out: str | Path) -> Path:
         leaves = ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{name}.{leaf}": value for leaf, value in zip(leaves, (f.lora_A, f.lora_B))}
     tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    if not layers and fields.get("trainable_token_indices"):
+        fields, tensors = without_lora({"target_modules": [], "target_parameters": None} | fields, tensors, None)
     with new_directory(out) as folder:
         write_json(folder / CONFIG, fields, sort_keys=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -160,16 +164,7 @@ def with_ranks(fields: Mapping[str, Any], layers: Mapping[str, Factors]) -> dict
         for name in names_of(path, new):
             if not _close(wanted.setdefault(name, (f.rank, alpha)), (f.rank, alpha)):
                 raise AdapterFormatError(f"the adapted parameters of {path} have different ranks or scalings")
-    values = list(wanted.values())
-    rank, alpha = max(values, key=values.count)
-    key = {name: f"^{name}" if any(other.endswith(f".{name}") for other in wanted) else name for name in wanted}
-    new |= {
-        "r": rank,
-        "lora_alpha": _number(alpha),
-        "rank_pattern": {key[name]: r for name, (r, _) in wanted.items() if r != rank},
-        "alpha_pattern": {key[name]: _number(a) for name, (_, a) in wanted.items() if a != alpha},
-    }
-    return new
+    return new | dict(zip(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), as_patterns(wanted)))
 
 
 def _factors(source: Path, name: str, pair: dict[str, Tensor], fields: dict[str, Any], embedding: bool) -> Factors:
@@ -203,7 +198,3 @@ def _writable(name: str, f: Factors, layers: Mapping[str, Factors]) -> Factors:
 
 def _close(one: tuple[int, float], other: tuple[int, float]) -> bool:
     return one[0] == other[0] and abs(one[1] - other[1]) <= 1e-12 * abs(other[1])
-
-
-def _number(value: float) -> int | float:
-    return int(value) if value == int(value) else value
