@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.adapter import math
+from veneer.adapter.attach import get_bank
+from veneer.adapter.slot import swap
 from veneer.adapter.targets import matches_pattern
 from veneer.errors import AdapterFormatError, AdapterStateError
 from veneer.files import new_directory, read_object
-from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, read_config, read_tensors, write_json
+from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, check_base, read_config, read_tensors, write_json
 from veneer.formats.peft_config import as_patterns
 from veneer.formats.peft_tensors import PREFIX
 from veneer.formats.peft_tokens import without_lora
@@ -198,3 +200,16 @@ def _writable(name: str, f: Factors, layers: Mapping[str, Factors]) -> Factors:
 
 def _close(one: tuple[int, float], other: tuple[int, float]) -> bool:
     return one[0] == other[0] and abs(one[1] - other[1]) <= 1e-12 * abs(other[1])
+
+
+def swap_adapter(model: nn.Module, path: str | Path, *, name: str = "default", force: bool = False) -> None:
+    """Exchange the factors of a live slot (`veneer.reserve`) for those of an adapter directory, in place.
+
+    Raises `AdapterStateError` (no slot, a rank or target beyond it, an adapter that is more than factors) and what
+    `read_adapter` and `check_base` raise.
+    """
+    bank, adapter = get_bank(model), read_adapter(path)
+    check_base(model, Path(path), force)
+    if adapter.rest or adapter.fields.get("use_dora") or adapter.fields.get("alora_invocation_tokens"):
+        raise AdapterStateError(f"{path} is more than lora_A and lora_B: load it beside the slot (veneer.load_adapter)")
+    swap(bank, name, {path: (f.lora_A, f.lora_B, f.scaling) for path, f in adapter.layers.items()})
