@@ -66,7 +66,7 @@ def attach(
     adapted or is too small for the rank), `ConfigError` (an initialisation that does not fit) and `AdapterStateError`
     (name taken, or the model carries another library's adapter).
     """
-    plan, bank = _plan(model, config or AdapterConfig(), name, tokenizer), model.__dict__.get(BANK)
+    plan, bank = planned(model, config or AdapterConfig(), name, tokenizer), model.__dict__.get(BANK)
     with bank.disabled() if bank else nullcontext():
         starts = start(
             model, plan.targets, plan.config, seed=seed, calibration=calibration, float_weights=float_weights
@@ -78,11 +78,12 @@ def attach_blank(
     model: nn.Module, config: AdapterConfig, rows: Mapping[str, int], *, name: str = "default", tokenizer: Any = None
 ) -> Bank:
     """`attach` with factors of zeros for a checkpoint to fill; `rows` says by target how many rows its lora_A has."""
-    plan = _plan(model, config, name, tokenizer)
+    plan = planned(model, config, name, tokenizer)
     return _install_kept(plan, blank(plan.targets, plan.config, rows), name)
 
 
-def _plan(model: nn.Module, config: AdapterConfig, name: str, tokenizer: Any) -> Plan:
+def planned(model: nn.Module, config: AdapterConfig, name: str = "default", tokenizer: Any = None) -> Plan:
+    """What `attach` will change, with every check that it makes before it looks at the initialisation."""
     if config.adalora is not None:
         raise ConfigError(
             "adalora is the training loop's: use veneer.train, or attach without it and drive "

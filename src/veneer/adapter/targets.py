@@ -131,7 +131,7 @@ def select(model: nn.Module, config: AdapterConfig) -> list[Target]:
     if config.target_modules:
         if not found:
             raise TargetError("the model has no linear layer to adapt")
-        chosen = _chosen(model, found, config.target_modules)
+        chosen = named(model, found, config.target_modules)
         chosen = _without(chosen, found, config.exclude_modules)
         chosen = _in_layers(chosen, config.layers)
         if not chosen:
@@ -236,7 +236,8 @@ def check_twins(model: nn.Module, targets: list[Target]) -> None:
                 raise TargetError(f"{target.name} lends its weight to {names}, which look up in its place: name those")
 
 
-def _chosen(model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str]) -> list[str]:
+def named(model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str]) -> list[str]:
+    """The candidates that target_modules means, before exclude_modules and layers. Raises `TargetError`."""
     heads = [head for head in (output_head(model), *task_heads(model).values()) if head is not None]
     spared = {id(part) for head in heads for part in head.modules()}
     linear = [name for name, module in candidates.items() if kind_of(module) in ("linear", "attention")]
