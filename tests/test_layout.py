@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "interop": COMMON | {"kernels", "adapter", "base", "formats"},
     "data": COMMON | {"base"},
     "training": COMMON | {"kernels", "adapter", "base", "formats", "data"},
-    "report": COMMON | {"formats", "data", "training"},
-    "cli": COMMON | {"adapter", "base", "formats", "data", "training", "report"},
+    "plan": COMMON | {"adapter", "base", "formats"},
+    "report": COMMON | {"adapter", "formats", "data", "training", "plan"},
+    "cli": COMMON | {"adapter", "base", "formats", "data", "training", "plan", "report"},
     "__main__": {"cli"},
 }
 """What each part of the package may import besides itself. `veneer/__init__.py` offers names of all of them."""

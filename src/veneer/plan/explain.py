@@ -138,7 +138,9 @@ def explain(name_or_path: str | Path, config: AdapterConfig | None = None, *, dt
     notes = _notes(model, config)
     if config.adalora is not None:
         if config.adalora.target_rank >= config.rank:
-            raise ConfigError(f"adapter.adalora.target_rank {config.adalora.target_rank} is not below the rank {config.rank}")
+            raise ConfigError(
+                f"adapter.adalora.target_rank {config.adalora.target_rank} is not below the rank {config.rank}"
+            )
         config = config.model_copy(update={"adalora": None})
     with torch.device("meta"):
         plan = planned(model, config, tokenizer=_tokenizer(name, config))
@@ -258,11 +260,15 @@ def _memory(bank: Bank, numbers: int, model_bytes: int, packed: list[int]) -> di
 def _notes(model: nn.Module, config: AdapterConfig) -> list[str]:
     notes = []
     if stored := stored_quantisation(model.config):
-        notes.append(f"the checkpoint is stored quantised ({stored}); shapes and sizes are of the weights it stands for")
+        notes.append(
+            f"the checkpoint is stored quantised ({stored}); shapes and sizes are of the weights it stands for"
+        )
     if config.init in CHANGES_BASE:
         notes.append(f"init {config.init}: the adapter is saved with twice its rank, [A; A₀] and [B, −B₀]")
     if config.init == "eva":
-        notes.append("init eva: data decide each module's rank; the counts are of the even start, whose sum of ranks stays")
+        notes.append(
+            "init eva: data decide each module's rank; the counts are of the even start, whose sum of ranks stays"
+        )
     if config.adalora is not None:
         notes.append(
             f"adalora: the counts are of its start at rank {config.rank}, without Λ (one number a rank); training ends at "

@@ -1,0 +1,283 @@
+"""What training changed: the singular values of each layer's ΔW = s·B·A, and what follows from them.
+
+ΔW is never formed. With B = Q_B R_B and Aᵀ = Q_A R_A (QR, Q with orthonormal columns) its singular values are those of
+the small s·R_B R_Aᵀ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.base.catalog import CATALOG, fetched
+from veneer.base.load import HUB_ID
+from veneer.base.original import checkpoint_files
+from veneer.errors import AdapterFormatError, BaseModelError, WrongBaseError
+from veneer.formats.adapter_file import OUT_PROJ, AdapterFile, Factors, names_of, read_adapter
+from veneer.formats.peft import TENSORS
+
+ENERGY = 0.99
+"""Share of ‖ΔW‖² that counts as keeping an update."""
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Fused experts → the linears that a checkpoint holds for each expert in their place."""
+
+
+def singular_values(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """σ of scale·B·A, descending, in float64: lora_A (rank, d_in), lora_B (d_out, rank) → (min(rank, d_in, d_out),)."""
+    r_in, r_out = (torch.linalg.qr(m.double(), mode="r").R for m in (lora_A.t(), lora_B))
+    return abs(scale) * torch.linalg.svdvals(r_out @ r_in.t())
+
+
+def entropy_rank(sigma: Tensor) -> float:
+    """exp(−Σ p ln p) with p = σ/Σσ: 1 if one direction does all, rank if all do the same, 0 for ΔW = 0.
+
+    The effective rank of Roy and Vetterli 2007 (EUSIPCO, "The effective rank: a measure of effective dimensionality").
+    """
+    p = sigma[sigma > 0] / sigma.sum()
+    return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+
+
+def stable_rank(sigma: Tensor) -> float:
+    """‖ΔW‖_F²/‖ΔW‖₂² = Σσ²/σ₁², 0 for ΔW = 0 (Rudelson and Vershynin 2007, arXiv:math/0503442)."""
+    return float((sigma / sigma[0]).square().sum()) if len(sigma) and sigma[0] > 0 else 0.0
+
+
+def rank_for(energy: Tensor, share: float = ENERGY) -> int:
+    """The smallest r′ whose first r′ values of `energy` (σ², descending) hold `share` of their sum; 0 for nothing.
+
+    The best approximation of rank r′ keeps just those (Eckart and Young 1936).
+    """
+    if not energy.sum() > 0:
+        return 0
+    return int((energy.cumsum(0) < share * energy.sum() * (1 - 1e-12)).sum()) + 1
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One layer's update. For fused experts (`experts` > 1) singular values are √Σσ² over experts at each place, so that
+    energies add up, and the two effective ranks are means."""
+
+    name: str
+    rank: int
+    d_out: int
+    d_in: int
+    experts: int
+    scaling: float
+    norm: float
+    weight_norm: float | None
+    singular_values: list[float]
+    effective_rank: float
+    stable_rank: float
+    rank_99: int
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖ΔW‖/‖W‖ (Frobenius); None where W is not at hand."""
+        return self.norm / self.weight_norm if self.weight_norm else None
+
+    @property
+    def used(self) -> float:
+        """Effective rank as a share of the rank."""
+        return self.effective_rank / self.rank
+
+    @property
+    def full_parameters(self) -> int:
+        return self.experts * self.d_out * self.d_in
+
+    @property
+    def lora_parameters(self) -> int:
+        return self.experts * self.rank * (self.d_out + self.d_in)
+
+    def as_dict(self) -> dict[str, Any]:
+        more = ("relative_norm", "used", "full_parameters", "lora_parameters")
+        reduction = 1 - self.lora_parameters / self.full_parameters
+        return asdict(self) | {key: getattr(self, key) for key in more} | {"reduction": reduction}
+
+
+@dataclass(frozen=True)
+class AdapterSpectrum:
+    """What `analyse` finds in an adapter; `base` is where W came from, if it was at hand."""
+
+    path: str
+    base: str | None
+    adapter_bytes: int
+    trainable_parameters: int
+    layers: list[LayerSpectrum]
+    notes: list[str]
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖_F of all layers together."""
+        return sum(layer.norm**2 for layer in self.layers) ** 0.5
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖ΔW‖/‖W‖ over the layers whose W is at hand."""
+        known = [layer for layer in self.layers if layer.weight_norm]
+        whole = sum(layer.weight_norm**2 for layer in known)
+        return (sum(layer.norm**2 for layer in known) / whole) ** 0.5 if whole else None
+
+    @property
+    def energy_kept(self) -> list[float]:
+        """Share of Σ‖ΔW‖² that stays if every layer is cut to rank 1, 2, …"""
+        total = self._energy()
+        return (total.cumsum(0) / total.sum()).tolist() if total.sum() > 0 else []
+
+    def _energy(self) -> Tensor:
+        total = torch.zeros(max(len(layer.singular_values) for layer in self.layers), dtype=torch.float64)
+        for layer in self.layers:
+            total[: len(layer.singular_values)] += torch.tensor(layer.singular_values, dtype=torch.float64).square()
+        return total
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the adapter as a whole."""
+        count, largest = len(self.layers), max(self.layers, key=lambda layer: layer.rank_99)
+        return {
+            "layers": count,
+            "rank": max(layer.rank for layer in self.layers),
+            "norm": self.norm,
+            "relative_norm": self.relative_norm,
+            "mean_effective_rank": sum(layer.effective_rank for layer in self.layers) / count,
+            "mean_stable_rank": sum(layer.stable_rank for layer in self.layers) / count,
+            "mean_used": sum(layer.used for layer in self.layers) / count,
+            "rank_99": rank_for(self._energy()),
+            "rank_99_each": largest.rank_99,
+            "rank_99_each_layer": largest.name,
+        }
+
+    def changed_most(self) -> list[LayerSpectrum]:
+        """The layers by how much they changed: by ‖ΔW‖/‖W‖ where every W is at hand, else by ‖ΔW‖."""
+        relative = all(layer.weight_norm for layer in self.layers)
+        return sorted(self.layers, key=lambda layer: -(layer.relative_norm if relative else layer.norm))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self) | {
+            "summary": self.summary(),
+            "energy_kept": self.energy_kept,
+            "layers": [layer.as_dict() for layer in self.layers],
+        }
+
+
+def analyse(adapter: str | Path, base: str | None = None, revision: str | None = None) -> AdapterSpectrum:
+    """The spectrum of every layer of an adapter directory, and its size beside W's with a `base`: a directory, or a name
+    of the catalogue or the hub that was fetched before; one tensor at a time is read.
+
+    Raises `AdapterFormatError` (damaged, nothing low-rank in it, grouped convolutions), `BaseModelError` (`base` has no
+    safetensors) and `WrongBaseError` (none of its tensors fits).
+    """
+    path = Path(adapter)
+    file = read_adapter(path)
+    layers = {_name(key, file): factors for key, factors in file.layers.items()}
+    if not layers:
+        raise AdapterFormatError(f"{path} has no low-rank factors to look at")
+    norms = _weight_norms(layers, base, revision) if base else {}
+    numbers = sum(f.lora_A.numel() + f.lora_B.numel() for f in file.layers.values())
+    return AdapterSpectrum(
+        path=str(path),
+        base=base,
+        adapter_bytes=(path / TENSORS).stat().st_size,
+        trainable_parameters=numbers + sum(value.numel() for value in file.rest.values()),
+        layers=[_layer(name, factors, norms.get(name)) for name, factors in layers.items()],
+        notes=_notes(file, layers, norms, base),
+    )
+
+
+def _layer(name: str, factors: Factors, weight_norm: float | None) -> LayerSpectrum:
+    each = [singular_values(lora_A, lora_B, factors.scaling) for lora_A, lora_B in factors.pairs()]
+    energy = torch.stack(each).square().sum(0)
+    (rank, d_in), d_out = factors.pairs()[0][0].shape, factors.pairs()[0][1].shape[0]
+    return LayerSpectrum(
+        name=name,
+        rank=rank,
+        d_out=d_out,
+        d_in=d_in,
+        experts=factors.experts,
+        scaling=factors.scaling,
+        norm=float(energy.sum().sqrt()),
+        weight_norm=weight_norm,
+        singular_values=energy.sqrt().tolist(),
+        effective_rank=sum(map(entropy_rank, each)) / len(each),
+        stable_rank=sum(map(stable_rank, each)) / len(each),
+        rank_99=rank_for(energy),
+    )
+
+
+def _name(path: str, file: AdapterFile) -> str:
+    """A layer's name in the model. Of several parameters of one module, the n-th last stands behind n .base_layer."""
+    names = names_of(path, file.fields)
+    if len(names) == 1:
+        return names[0] if not path.endswith(OUT_PROJ) else f"{names[0]}.out_proj"
+    return names[-1 - path.count(".base_layer")]
+
+
+def _weight_norms(layers: dict[str, Factors], base: str, revision: str | None) -> dict[str, float]:
+    """‖W‖_F of the layers whose weights a checkpoint holds as floats, one tensor in memory at a time."""
+    from safetensors import safe_open
+
+    files, norms = _files(base, revision), {}
+    for name, factors in layers.items():
+        lora_A, lora_B = factors.pairs()[0]
+        square, left = 0.0, factors.experts * lora_A.shape[1] * lora_B.shape[0]
+        for key in _keys(name, files):
+            with safe_open(files[key], "pt") as data:
+                weight = data.get_tensor(key)
+            if weight.is_floating_point() and weight.element_size() > 1:
+                square += float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+                left -= weight.numel()
+        if square and left == 0:
+            norms[name] = square**0.5
+    if not norms:
+        raise WrongBaseError(
+            f"{base} holds none of the weights that the adapter changes, in their shapes and as floats"
+        )
+    return norms
+
+
+def _files(base: str, revision: str | None) -> dict[str, str]:
+    """Tensor name → file, of what is on this machine."""
+    place = fetched(base) if base in CATALOG else base
+    if place is None:
+        raise BaseModelError(f"{base} is not fetched yet: any command that loads it does that")
+    if not (Path(place).is_dir() or HUB_ID.fullmatch(base)):
+        raise BaseModelError(f"{base}: no such directory")
+    try:
+        return checkpoint_files(str(place), revision)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{base}: cannot read its weights: {' '.join(str(error).split())[:200]}") from None
+
+
+def _keys(name: str, files: Iterable[str]) -> list[str]:
+    """The tensors of a checkpoint that are a layer's W: its own, or those that are fused into it."""
+    short = name.partition(".")[2]
+    for stem in (name, short) if short else (name,):
+        for key in (f"{stem}.weight", f"{stem}.in_proj_weight", stem):
+            if key in files:
+                return [key]
+    owner, _, leaf = name.rpartition(".")
+    parts = "|".join(PARTS.get(leaf, ()))
+    pattern = re.compile(rf"{re.escape(owner)}\.\d+\.({parts})\.weight")
+    found = [key for key in files if parts and pattern.fullmatch(key)]
+    ending = [key for key in files if key.endswith(f".{name}.weight")]
+    return found or (ending if len(ending) == 1 else [])
+
+
+def _notes(file: AdapterFile, layers: dict[str, Factors], norms: dict[str, float], base: str | None) -> list[str]:
+    notes = []
+    if file.fields.get("use_dora"):
+        notes.append("DoRA: spectra are of s·B·A, before the rows of W + s·B·A get their trained norms")
+    rest = [key for key in file.rest if not key.endswith("lora_magnitude_vector")]
+    if rest:
+        numbers = sum(file.rest[key].numel() for key in rest)
+        notes.append(f"{len(rest)} tensors ({numbers:,} numbers) are trained whole and have no low rank to look at")
+    if base and len(norms) < len(layers):
+        notes.append(f"‖W‖ of {len(layers) - len(norms)} layers is not in {base}")
+    if not any(bool(factors.lora_B.any()) for factors in layers.values()):
+        notes.append("ΔW is 0 everywhere: the adapter is not trained")
+    return notes
