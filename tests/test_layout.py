@@ -92,7 +92,9 @@ def test_every_module_imports_alone():
     assert len(names) > 40
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["explain", "--help"]], ids=" ".join
+)
 def test_help_does_not_wait_for_torch(arguments):
     code = (
         "import sys\nfrom veneer.cli.main import main\n"

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from veneer.cli.common import base_of, locate, parse_settings, parse_targets
-from veneer.errors import AdapterFormatError, BaseModelError, ConfigError
+from veneer.errors import AdapterFormatError, BaseModelError, ConfigError, WrongBaseError
 
 
 def command(
@@ -89,10 +89,8 @@ def _spectrum(adapter: Path, base: str | None) -> Any:
         return analyse(adapter, base)
     try:
         return analyse(adapter, base_of(adapter))
-    except BaseModelError:  # not here, or no safetensors
-        return analyse(adapter)
-    except AdapterFormatError:  # names no base; what is damaged is so again
-        return analyse(adapter)
+    except (AdapterFormatError, BaseModelError, WrongBaseError):  # no base named, or not here, or under other names:
+        return analyse(adapter)  # which says so; what is damaged is so again
 
 
 def _print(found: Any) -> None:

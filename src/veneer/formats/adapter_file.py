@@ -17,9 +17,9 @@ from veneer.adapter import math
 from veneer.adapter.targets import matches_pattern
 from veneer.errors import AdapterFormatError, AdapterStateError
 from veneer.files import new_directory, read_object
-from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, read_config, read_tensors
-from veneer.formats.peft import _write_json as write_json
+from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, read_config, read_tensors, write_json
 from veneer.formats.peft_tensors import PREFIX
+from veneer.formats.peft_tokens import without_lora
 
 FACTOR = re.compile(r"(?P<path>.+)\.(?:lora_(?P<leaf>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 OUT_PROJ = ".base_layer.out_proj"
@@ -116,6 +116,8 @@ def write_adapter(adapter: AdapterFile, out: str | Path) -> Path:
         leaves = ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{name}.{leaf}": value for leaf, value in zip(leaves, (f.lora_A, f.lora_B))}
     tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    if not layers and fields.get("trainable_token_indices"):
+        fields, tensors = without_lora({"target_modules": [], "target_parameters": None} | fields, tensors, None)
     with new_directory(out) as folder:
         write_json(folder / CONFIG, fields, sort_keys=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -127,9 +129,8 @@ def write_adapter(adapter: AdapterFile, out: str | Path) -> Path:
 def names_of(path: str, fields: Mapping[str, Any]) -> list[str]:
     """The names by which PEFT looks up a layer's rank and alpha: its own; or for parameters of a module, theirs."""
     plain = path.removesuffix(OUT_PROJ).replace(".base_layer", "")
-    entries = [str(entry) for entry in fields.get("target_parameters") or ()]
-    own = {f"{plain}.{entry.rpartition('.')[2]}": entry for entry in entries}
-    return [name for name, entry in own.items() if name == entry or name.endswith(f".{entry}")] or [plain]
+    own = [(f"{plain}.{entry.rpartition('.')[2]}", entry) for entry in fields.get("target_parameters") or ()]
+    return list(dict.fromkeys(n for n, entry in own if n == entry or n.endswith(f".{entry}"))) or [plain]
 
 
 def rank_and_scaling(path: str, fields: Mapping[str, Any]) -> tuple[int, float]:

@@ -13,7 +13,8 @@ BFLOAT16, FLOAT32 = 2, 4
 MOMENTS = 2
 """AdamW keeps two running means for each number that it trains (arXiv:1711.05101)."""
 
-SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+"""Bytes of a number by dtype, in the order in which a safetensors file holds them."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def adapter_only(base: float, adapter: int, trained: int) -> Memory:
 def safetensors_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> int:
     """The size of the file that holds these tensors, name → (dtype as the format names it, shape): header included."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-SIZES[item[1][0]], item[0])):
+    offset, order = 0, list(SIZES)
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (order.index(item[1][0]), item[0])):
         end = offset + SIZES[dtype] * prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end

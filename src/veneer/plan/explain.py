@@ -137,10 +137,6 @@ def explain(name_or_path: str | Path, config: AdapterConfig | None = None, *, dt
     model = skeleton(name, dtype=dtype)
     notes = _notes(model, config)
     if config.adalora is not None:
-        if config.adalora.target_rank >= config.rank:
-            raise ConfigError(
-                f"adapter.adalora.target_rank {config.adalora.target_rank} is not below the rank {config.rank}"
-            )
         config = config.model_copy(update={"adalora": None})
     with torch.device("meta"):
         plan = planned(model, config, tokenizer=_tokenizer(name, config))

@@ -235,7 +235,7 @@ def _weight_norms(layers: dict[str, Factors], base: str, revision: str | None) -
             norms[name] = square**0.5
     if not norms:
         raise WrongBaseError(
-            f"{base} holds none of the weights that the adapter changes, in their shapes and as floats"
+            f"{base} holds none of the weights that the adapter changes, under their names, in their shapes and as floats"
         )
     return norms
 
@@ -276,7 +276,9 @@ def _notes(file: AdapterFile, layers: dict[str, Factors], norms: dict[str, float
     if rest:
         numbers = sum(file.rest[key].numel() for key in rest)
         notes.append(f"{len(rest)} tensors ({numbers:,} numbers) are trained whole and have no low rank to look at")
-    if base and len(norms) < len(layers):
+    if not base:
+        notes.append("no weights of the base at hand: ‖ΔW‖/‖W‖ needs --base")
+    elif len(norms) < len(layers):
         notes.append(f"‖W‖ of {len(layers) - len(norms)} layers is not in {base}")
     if not any(bool(factors.lora_B.any()) for factors in layers.values()):
         notes.append("ΔW is 0 everywhere: the adapter is not trained")
