@@ -6,8 +6,6 @@ the small s·R_B R_Aᵀ.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.base.catalog import CATALOG, fetched
-from veneer.base.load import HUB_ID
-from veneer.base.original import checkpoint_files
-from veneer.errors import AdapterFormatError, BaseModelError, WrongBaseError
+from veneer.errors import AdapterFormatError
 from veneer.formats.adapter_file import OUT_PROJ, AdapterFile, Factors, names_of, read_adapter
 from veneer.formats.peft import TENSORS
+from veneer.plan.weights import weight_norms
 
 ENERGY = 0.99
 """Share of ‖ΔW‖² that counts as keeping an update."""
-PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Fused experts → the linears that a checkpoint holds for each expert in their place."""
 
 
 def singular_values(lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
@@ -177,7 +171,7 @@ def analyse(adapter: str | Path, base: str | None = None, revision: str | None =
     layers = {_name(key, file): factors for key, factors in file.layers.items()}
     if not layers:
         raise AdapterFormatError(f"{path} has no low-rank factors to look at")
-    norms = _weight_norms(layers, base, revision) if base else {}
+    norms = weight_norms({name: _numel(f) for name, f in layers.items()}, base, revision) if base else {}
     numbers = sum(f.lora_A.numel() + f.lora_B.numel() for f in file.layers.values())
     return AdapterSpectrum(
         path=str(path),
@@ -187,6 +181,12 @@ def analyse(adapter: str | Path, base: str | None = None, revision: str | None =
         layers=[_layer(name, factors, norms.get(name)) for name, factors in layers.items()],
         notes=_notes(file, layers, norms, base),
     )
+
+
+def _numel(factors: Factors) -> int:
+    """How many numbers the W of a layer has."""
+    lora_A, lora_B = factors.pairs()[0]
+    return factors.experts * lora_A.shape[1] * lora_B.shape[0]
 
 
 def _layer(name: str, factors: Factors, weight_norm: float | None) -> LayerSpectrum:
@@ -215,57 +215,6 @@ def _name(path: str, file: AdapterFile) -> str:
     if len(names) == 1:
         return names[0] if not path.endswith(OUT_PROJ) else f"{names[0]}.out_proj"
     return names[-1 - path.count(".base_layer")]
-
-
-def _weight_norms(layers: dict[str, Factors], base: str, revision: str | None) -> dict[str, float]:
-    """‖W‖_F of the layers whose weights a checkpoint holds as floats, one tensor in memory at a time."""
-    from safetensors import safe_open
-
-    files, norms = _files(base, revision), {}
-    for name, factors in layers.items():
-        lora_A, lora_B = factors.pairs()[0]
-        square, left = 0.0, factors.experts * lora_A.shape[1] * lora_B.shape[0]
-        for key in _keys(name, files):
-            with safe_open(files[key], "pt") as data:
-                weight = data.get_tensor(key)
-            if weight.is_floating_point() and weight.element_size() > 1:
-                square += float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
-                left -= weight.numel()
-        if square and left == 0:
-            norms[name] = square**0.5
-    if not norms:
-        raise WrongBaseError(
-            f"{base} holds none of the weights that the adapter changes, under their names, in their shapes and as floats"
-        )
-    return norms
-
-
-def _files(base: str, revision: str | None) -> dict[str, str]:
-    """Tensor name → file, of what is on this machine."""
-    place = fetched(base) if base in CATALOG else base
-    if place is None:
-        raise BaseModelError(f"{base} is not fetched yet: any command that loads it does that")
-    if not (Path(place).is_dir() or HUB_ID.fullmatch(base)):
-        raise BaseModelError(f"{base}: no such directory")
-    try:
-        return checkpoint_files(str(place), revision)
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{base}: cannot read its weights: {' '.join(str(error).split())[:200]}") from None
-
-
-def _keys(name: str, files: Iterable[str]) -> list[str]:
-    """The tensors of a checkpoint that are a layer's W: its own, or those that are fused into it."""
-    short = name.partition(".")[2]
-    for stem in (name, short) if short else (name,):
-        for key in (f"{stem}.weight", f"{stem}.in_proj_weight", stem):
-            if key in files:
-                return [key]
-    owner, _, leaf = name.rpartition(".")
-    parts = "|".join(PARTS.get(leaf, ()))
-    pattern = re.compile(rf"{re.escape(owner)}\.\d+\.({parts})\.weight")
-    found = [key for key in files if parts and pattern.fullmatch(key)]
-    ending = [key for key in files if key.endswith(f".{name}.weight")]
-    return found or (ending if len(ending) == 1 else [])
 
 
 def _notes(file: AdapterFile, layers: dict[str, Factors], norms: dict[str, float], base: str | None) -> list[str]:

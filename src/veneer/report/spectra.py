@@ -91,7 +91,7 @@ def energy_plot(spectrum: AdapterSpectrum) -> str:
         axes.plot(range(1, len(kept) + 1), kept, color=COLOURS[0], linewidth=1.8, marker="o", markersize=3)
         axes.axhline(ENERGY, color=NEUTRAL, linewidth=1, linestyle="--", label=f"{100 * ENERGY:.0f} %: rank {rank}")
         axes.set_ylim(top=1.02)
-        _legend(axes)
+        axes.legend(frameon=False, labelcolor=NEUTRAL, loc="lower right")
 
     return svg("Energy kept by rank", "rank r′", "share of ‖ΔW‖²", draw, PLOT)
 
