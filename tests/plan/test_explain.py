@@ -91,6 +91,23 @@ def test_what_is_adapted_and_what_is_left_add_up_to_the_model(name, folder):
     assert sum(t.full_parameters for t in said.targets) + left == said.base_parameters
 
 
+def test_a_model_of_two_towers(tmp_path):
+    """CLIP says of no module that it is the input embedding."""
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = small | {"vocab_size": 30}, small | {"image_size": 8, "patch_size": 4}
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=10, architectures=["CLIPModel"])
+    )
+    model.config.save_pretrained(tmp_path)
+    said = explain(tmp_path, AdapterConfig(rank=2))
+    assert said.trainable_parameters == veneer.attach(model, AdapterConfig(rank=2)).report().trainable_parameters
+    path = veneer.save_adapter(model, tmp_path / "adapter")
+    assert said.adapter_bytes == (path / "adapter_model.safetensors").stat().st_size
+    veneer.merge(model)
+
+
 def reasons(said):
     return {group.name: group.reason for group in said.left_out}
 

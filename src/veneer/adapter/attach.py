@@ -31,7 +31,7 @@ from veneer.adapter.layers import (
 from veneer.adapter.pretrained import claim
 from veneer.adapter.replay import watch_calls
 from veneer.adapter.scope import Plan, with_task_heads, with_token_ids
-from veneer.adapter.targets import Target, check_twins, embedding_twins, output_head, select
+from veneer.adapter.targets import Target, check_twins, embedding_twins, input_embedding, output_head, select
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError, ConfigError
 
@@ -164,7 +164,7 @@ def merge(model: nn.Module) -> nn.Module:
         )
     bank.routing.stack, bank._originals = {}, {}  # whole modules and biases that are swapped in stay
     _unwrap(bank)
-    head, embedding = output_head(model), getattr(model, "get_input_embeddings", lambda: None)()
+    head, embedding = output_head(model), input_embedding(model)
     config = getattr(model, "config", None)
     if head is not None and embedding is not None and getattr(config, "tie_word_embeddings", False):
         if head.weight is not embedding.weight:

@@ -74,6 +74,15 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The model's input embedding, where it has one and says which module that is."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        return getter() if getter else None
+    except (NotImplementedError, AttributeError):  # a model of two towers, such as CLIP
+        return None
+
+
 def kind_of(module: nn.Module) -> str | None:
     """How a module is adapted; None if it cannot be."""
     if isinstance(module, nn.MultiheadAttention):
@@ -226,7 +235,7 @@ def embedding_twins(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedd
 
 def check_twins(model: nn.Module, targets: list[Target]) -> None:
     """Raise `TargetError` for an adapted embedding that only lends its weight to others: nothing would see the adapter."""
-    chosen, shared = {id(target.module) for target in targets}, getattr(model, "get_input_embeddings", lambda: None)()
+    chosen, shared = {id(target.module) for target in targets}, input_embedding(model)
     shared = shared if shared is None else plain(shared)
     for target in targets:
         if target.kind == "embedding" and target.module is shared:

@@ -23,6 +23,7 @@ from veneer.adapter.targets import (
     Target,
     base_parameters,
     candidates,
+    input_embedding,
     kind_of,
     output_head,
     plain_name,
@@ -245,7 +246,7 @@ def _without_tied_copies(model: nn.Module, pairs: dict[str, dict[str, Tensor]]) 
 
 def tied_head(model: nn.Module) -> str | None:
     """The name of the output head if its weight is the input embedding's."""
-    head, embedding = output_head(model), getattr(model, "get_input_embeddings", lambda: None)()
+    head, embedding = output_head(model), input_embedding(model)
     if head is None or embedding is None or plain(head).weight is not plain(embedding).weight:
         return None
     return next(plain_name(name) for name, module in model.named_modules() if module is head)
@@ -302,7 +303,7 @@ def _target(
 def _without_base_copies(model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
     """PEFT also writes the frozen weight of an embedding or head that it adapts: leave out what the base has anyway."""
     own = base_parameters(model)
-    heads = [m for m in (output_head(model), getattr(model, "get_input_embeddings", lambda: None)()) if m is not None]
+    heads = [m for m in (output_head(model), input_embedding(model)) if m is not None]
     frozen = {id(getattr(plain(m), "weight", None)) for m in heads}  # an image model's patches have none
 
     def is_copy(key: str, value: Tensor) -> bool:

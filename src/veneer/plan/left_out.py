@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from veneer.adapter.scope import Plan
-from veneer.adapter.targets import candidates, kind_of, layer_index, named, output_head, plain_name
+from veneer.adapter.targets import candidates, input_embedding, kind_of, layer_index, named, output_head, plain_name
 from veneer.adapter.task import task_heads
 
 KIND_WORDS = {"linear": "linear", "attention": "attention", "conv": "convolution", "embedding": "embedding"}
@@ -63,7 +63,7 @@ class _Reasons:
         self.head, self.heads = output_head(model), task_heads(model)
         self.found = candidates(model)
         self.named = set(named(model, self.found, self.config.target_modules) if self.config.target_modules else ())
-        self.embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        self.embedding = input_embedding(model)
 
     def kept(self, name: str) -> str | None:
         """The module of modules_to_save that this one is, or is part of."""
