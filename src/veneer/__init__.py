@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from veneer.formats.reduced import reduce_adapter
     from veneer.interop.accelerate import accelerate, decelerate
     from veneer.interop.from_peft import from_peft
+    from veneer.plan.explain import explain
+    from veneer.plan.spectrum import analyse
     from veneer.training.loop import Trainer, train
     from veneer.training.tune import tune_weights
 
@@ -54,6 +56,8 @@ _WHERE = {
     "accelerate": "interop.accelerate",
     "decelerate": "interop.accelerate",
     "from_peft": "interop.from_peft",
+    "explain": "plan.explain",
+    "analyse": "plan.spectrum",
     "Trainer": "training.loop",
     "train": "training.loop",
     "tune_weights": "training.tune",

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from veneer.cli import bench, chat, combine, data, evaluate, generate, info, init, merge, reduce, train
+from veneer.cli import bench, chat, combine, data, evaluate, explain, generate, info, init, merge, reduce, train
 from veneer.errors import VeneerError
 from veneer.version import __version__
 
@@ -27,6 +27,7 @@ app.command("eval")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
+app.command("explain")(explain.command)
 app.command("merge")(merge.command)
 app.command("combine")(combine.command)
 app.command("bench")(bench.command)
