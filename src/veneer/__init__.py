@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from veneer.data.load import read_examples
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
+    from veneer.formats.exchange import export_adapter, export_merged, import_adapter
     from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
     from veneer.formats.reduced import reduce_adapter
@@ -40,6 +41,9 @@ _WHERE = {
     "read_examples": "data.load",
     "prepare": "data.prepare",
     "VeneerError": "errors",
+    "export_adapter": "formats.exchange",
+    "export_merged": "formats.exchange",
+    "import_adapter": "formats.exchange",
     "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
