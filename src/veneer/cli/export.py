@@ -50,10 +50,10 @@ def command(
     show(done)
 
 
-def show(done) -> None:
+def show(done, imported: str | None = None) -> None:
     """What was written and how near it is."""
     from rich.console import Console
 
     lines = [f"written   {done.path}: {done.layers} modules, rank {done.rank}", *(f"note      {n}" for n in done.notes)]
-    lines += [f"verified  {done.verified or 'no (--no-verify)'}"]
+    lines += [f"verified  {done.verified or 'no (--no-verify)'}"] if not imported else [f"loaded    {imported}"]
     Console(highlight=False).print("\n".join(lines), soft_wrap=True, markup=False)

@@ -26,6 +26,11 @@ def command(
     """Read an adapter of llama.cpp, MLX or torchtune into PEFT's format, exactly; checked on its base."""
     from veneer.formats.exchange import import_adapter
 
+    done = import_adapter(
+        source, out, source_format, base, alpha=alpha, verify=not no_verify, device=device, dtype=dtype
+    )
+    effect = done.effect
     show(
-        import_adapter(source, out, source_format, base, alpha=alpha, verify=not no_verify, device=device, dtype=dtype)
+        done,
+        f"on {base}: it moves logits by max {effect.max:.2g}, mean {effect.mean:.2g}" if effect else "no (--no-verify)",
     )

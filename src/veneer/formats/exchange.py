@@ -33,7 +33,9 @@ class Exchanged:
     layers: int
     rank: int
     """The largest."""
-    verified: Verified | LogitError | None = None
+    verified: Verified | None = None
+    effect: LogitError | None = None
+    """Of an import: what the adapter does to its base's logits."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -110,7 +112,7 @@ def import_adapter(
     with _staged(out) as (built, _):
         write_adapter(result, built)
         found = effect_of(base, built, **options) if verify else None
-        return Exchanged(Path(out), len(result.layers), _rank(result), found)
+        return Exchanged(Path(out), len(result.layers), _rank(result), effect=found)
 
 
 def export_merged(
