@@ -12,12 +12,15 @@ from veneer.version import __version__
 
 if TYPE_CHECKING:
     from veneer.adapter.attach import attach, detach, get_bank, merge
+    from veneer.adapter.slot import reserve
     from veneer.base.generate import generate, stream
     from veneer.base.load import load_base
     from veneer.config import AdapterConfig, DataConfig, OptimConfig, TrainConfig
     from veneer.data.load import read_examples
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
+    from veneer.formats.adapter_file import swap_adapter
+    from veneer.formats.combine import combine
     from veneer.formats.exchange import export_adapter, export_merged, import_adapter
     from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
@@ -25,12 +28,15 @@ if TYPE_CHECKING:
     from veneer.interop.accelerate import accelerate, decelerate
     from veneer.interop.from_peft import from_peft
     from veneer.training.loop import Trainer, train
+    from veneer.training.tune import tune_weights
 
 _WHERE = {
     "attach": "adapter.attach",
     "detach": "adapter.attach",
     "get_bank": "adapter.attach",
     "merge": "adapter.attach",
+    "reserve": "adapter.slot",
+    "swap_adapter": "formats.adapter_file",
     "generate": "base.generate",
     "stream": "base.generate",
     "load_base": "base.load",
@@ -41,6 +47,7 @@ _WHERE = {
     "read_examples": "data.load",
     "prepare": "data.prepare",
     "VeneerError": "errors",
+    "combine": "formats.combine",
     "export_adapter": "formats.exchange",
     "export_merged": "formats.exchange",
     "import_adapter": "formats.exchange",
@@ -53,6 +60,7 @@ _WHERE = {
     "from_peft": "interop.from_peft",
     "Trainer": "training.loop",
     "train": "training.loop",
+    "tune_weights": "training.tune",
 }
 __all__ = ["__version__", *_WHERE]
 

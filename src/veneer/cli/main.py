@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from veneer.cli import bench, chat, data, evaluate, export, generate, import_, info, init, merge, reduce, train
+from veneer.cli import bench, chat, combine, data, evaluate, export, generate, import_, info, init, merge, reduce, train
 from veneer.errors import VeneerError
 from veneer.version import __version__
 
@@ -28,6 +28,7 @@ app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
 app.command("merge")(merge.command)
+app.command("combine")(combine.command)
 app.command("export")(export.command)
 app.command("import")(import_.command)
 app.command("bench")(bench.command)

@@ -67,9 +67,9 @@ def save_adapter(
     fields, tensors = without_lora(fields, tensors, _tied_head(model))
     written = {"format": 1, "veneer": __version__, "base": base, "config": bank.entries[name].config.model_dump()}
     with new_directory(path) as folder:
-        _write_json(folder / CONFIG, fields, sort_keys=True)
+        write_json(folder / CONFIG, fields, sort_keys=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        _write_json(folder / PROVENANCE, written | (provenance or {}))
+        write_json(folder / PROVENANCE, written | (provenance or {}))
         if tokenizer is not None and bank.entries[name].config.new_tokens:
             tokenizer.save_pretrained(folder)
     return path
@@ -340,5 +340,6 @@ def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tenso
             raise AdapterFormatError(f"{source}: {key} is {tuple(value.shape)}, the model's is {shape}")
 
 
-def _write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:
+def write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:
+    """Write one of an adapter's JSON files."""
     path.write_text(json.dumps(values, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")

@@ -65,11 +65,15 @@ def logits(model: nn.Module, ids: Sequence[list[int]]) -> list[Tensor]:
     return [model(input_ids=torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in ids]
 
 
+def allowed(wanted: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """The largest logit error that the rounding of dtype explains."""
+    return (EXACT_FLOAT32 if dtype == torch.float32 else EXACT) * max(float(z.abs().max()) for z in wanted)
+
+
 def check(found: Sequence[Tensor], wanted: Sequence[Tensor], alone: Sequence[Tensor], dtype: torch.dtype) -> Verified:
     """Raise `BaseModelError` where `found` is not `wanted` up to the rounding of dtype; `alone` is the base's."""
     result = Verified(logit_error(found, wanted), logit_error(alone, wanted))
-    share = EXACT_FLOAT32 if dtype == torch.float32 else EXACT
-    limit = share * max(float(z.abs().max()) for z in wanted)
+    limit = allowed(wanted, dtype)
     if not result.error.max <= limit:  # NaN fails too
         raise BaseModelError(f"the result is not the base with its adapter: {result}, allowed {limit:.2g}")
     return result
