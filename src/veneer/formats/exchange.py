@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,11 +64,13 @@ def export_adapter(
     with _staged(out) as (built, folder):
         back, notes = built, []
         if to == "peft":
-            result = for_vllm(source) if engine else source
-            write_adapter(result, built)
             if engine:
-                rank = result.fields["r"]
-                notes += [f"serve it with --max-lora-rank {rank}"] + _outer(result)
+                result = for_vllm(source)
+                write_adapter(result, built)
+                notes += [f"serve it with --max-lora-rank {result.fields['r']}", *_outer(result)]
+            else:
+                result = source
+                shutil.copytree(adapter, built)  # with the tokenizer, where it has new tokens
         else:
             shape = base_shape(base)
             name = source.fields.get("base_model_name_or_path") or str(base)
@@ -79,7 +82,7 @@ def export_adapter(
                 result = read_gguf(built, shape)
             back = write_adapter(result, folder / "back")
         found = verify_adapter(base, adapter, back, force=force, **options) if verify else None
-        return Exchanged(Path(out), len(result.layers), _rank(result), found, notes)
+        return Exchanged(Path(out), len(result.layers), _rank(result), found, notes=notes)
 
 
 def import_adapter(
