@@ -65,9 +65,9 @@ def save_adapter(
     base = base_record(model)
     written = {"format": 1, "veneer": __version__, "base": base, "config": bank.entries[name].config.model_dump()}
     with new_directory(path) as folder:
-        _write_json(folder / CONFIG, peft_config(bank, name, base["name_or_path"]), sort_keys=True)
+        write_json(folder / CONFIG, peft_config(bank, name, base["name_or_path"]), sort_keys=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        _write_json(folder / PROVENANCE, written | (provenance or {}))
+        write_json(folder / PROVENANCE, written | (provenance or {}))
         if tokenizer is not None and bank.entries[name].config.new_tokens:
             tokenizer.save_pretrained(folder)
     return path
@@ -118,7 +118,7 @@ def load_adapter(
 
 def new_tokens_of(path: Path) -> list[str]:
     """The tokens that an adapter adds to its base's vocabulary."""
-    record = _read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    record = read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
     return list((record.get("config") or {}).get("new_tokens") or [])
 
 
@@ -169,7 +169,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The fields of adapter_config.json; `AdapterFormatError` if missing, broken or no LoRA that Veneer can hold."""
     if not path.is_dir():
         raise AdapterFormatError(f"{path}: no such adapter directory")
-    fields = _read_json(path / CONFIG)
+    fields = read_json(path / CONFIG)
     check_supported(fields, path)
     return fields
 
@@ -191,7 +191,7 @@ def check_base(model: nn.Module, path: Path, force: bool) -> None:
     """Refuse an adapter whose veneer.json names another base; no file, no check."""
     if force or not (path / PROVENANCE).exists():
         return
-    base = _read_json(path / PROVENANCE).get("base", {})
+    base = read_json(path / PROVENANCE).get("base", {})
     if not base.get("fingerprint"):
         return
     mine = Fingerprint.from_dict(base_record(model)["fingerprint"])
@@ -326,11 +326,13 @@ def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tenso
             raise AdapterFormatError(f"{source}: {key} is {tuple(value.shape)}, the model's is {shape}")
 
 
-def _write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:
+def write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:
+    """Write one of an adapter's JSON files."""
     path.write_text(json.dumps(values, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of an adapter's JSON files. Raises `AdapterFormatError`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
