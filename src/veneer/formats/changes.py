@@ -63,7 +63,7 @@ def as_matrices(weight: Tensor) -> Tensor:
 def changes_of(model: nn.Module, name: str, magnitudes: dict[str, Tensor] | None = None) -> dict[str, Change]:
     """Parameter name → how the adapter `name` on the model changes it, weights that share a name at each of its places.
 
-    `magnitudes` are DoRA's m by target, for an adapter that was put on without them (which spares reading the base).
+    `magnitudes` are DoRA's m by target: the adapter on the model is without them, which spares reading the base.
     Raises `AdapterStateError` for what cannot be merged.
     """
     bank, found = get_bank(model), {}
@@ -73,8 +73,8 @@ def changes_of(model: nn.Module, name: str, magnitudes: dict[str, Tensor] | None
     for path in entry.targets:
         layer = bank.layers[path]
         key, change = _low_rank(path, layer, name)
-        m = (magnitudes or {}).get(path, layer.lora_magnitude_vector[name] if name in layer.lora_magnitude_vector else None)
-        found[key] = replace(change, magnitude=None if m is None else wide(m.detach()).flatten())
+        m = (magnitudes or {}).get(path)
+        found[key] = change if m is None else replace(change, magnitude=wide(m).flatten())
         if name in layer.lora_bias:
             found[f"{path}.bias"] = Change(added=layer.scaling[name] * wide(layer.lora_bias[name].detach()))
     for path, module in model.named_modules():
@@ -83,12 +83,11 @@ def changes_of(model: nn.Module, name: str, magnitudes: dict[str, Tensor] | None
             found[f"{plain_name(path)}.weight"] = found[f"{source}.weight"]
     for path in entry.tokens:
         layer = bank.tokens[path]
-        rows = dict(zip(layer.indices[name], layer.lora_rows[name].detach()))
+        change = Change(rows=dict(zip(layer.indices[name], layer.lora_rows[name].detach())))
         for place, module in model.named_modules():
             twin = isinstance(module, (TrainedTokensHead, TrainedTokensTwin)) and module.source is layer
             if module is layer or twin:
-                key = f"{plain_name(place)}.weight"
-                found[key] = replace(found.get(key, Change()), rows=rows)
+                found[f"{plain_name(place)}.weight"] = change
     whole = {f"{p}.{k}": v for p, module in entry.modules.items() for k, v in module.named_parameters()} | entry.biases
     for key, value in whole.items():
         found[key] = replace(found.get(key, Change()), whole=value.detach())
@@ -106,7 +105,9 @@ def _low_rank(path: str, layer: Any, name: str) -> tuple[str, Change]:
         return path, Change(s * lora_B, lora_A)
     if isinstance(layer, AdaptedConv):
         if base.groups > 1:
-            raise AdapterStateError(f"{path}: an adapter on a grouped convolution mixes the groups: it cannot be merged")
+            raise AdapterStateError(
+                f"{path}: an adapter on a grouped convolution mixes the groups: it cannot be merged"
+            )
         lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
     key = f"{path}.in_proj_weight" if isinstance(layer, AdaptedAttention) else f"{path}.weight"
     if isinstance(layer, AdaptedEmbedding) or is_conv1d(base):

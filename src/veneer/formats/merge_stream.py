@@ -1,185 +1,181 @@
-"""Merge an adapter into a checkpoint tensor by tensor: W + ΔW in float32 a few rows at a time, rounded once.
+"""Merge an adapter into a checkpoint file by file: W + ΔW in float32 a few rows at a time, rounded once.
 
-Peak memory is a block of rows and the adapter, whatever the model's size. The files are written beside their final place,
-each under a temporary name until it is whole; a merge that was cut short goes on with the files that it had finished.
+Peak memory is a block of rows and the adapter, whatever the model's size. The files are written beside their final place;
+a merge that was cut short goes on with the files that it had finished.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import random
 import shutil
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from veneer.adapter.layers import plain
-from veneer.adapter.targets import output_head
-from veneer.base.checkpoint import (
-    CODES,
-    DTYPES,
-    FLOATS,
-    INDEX,
-    Checkpoint,
-    header_of,
-    open_checkpoint,
-    write_tensors,
-)
-from veneer.base.mapped import map_model
-from veneer.base.quant import stored_method
-from veneer.errors import AdapterFormatError, BaseModelError, ConfigError, RunError
-from veneer.files import write_text
-from veneer.formats.changes import Change, as_matrices, by_place, changes_of, merged_blocks, reference_row
-from veneer.formats.peft import CONFIG, TENSORS, check_base, new_tokens_of, put_on, read_config, read_tensors
-from veneer.formats.peft_tensors import resolve_paths, split
+from veneer.adapter.attach import get_bank
+from veneer.base.checkpoint import find_checkpoint
+from veneer.base.load import load_base, pick_device, pick_dtype
+from veneer.errors import BaseModelError, ConfigError, RunError
+from veneer.formats.merge_plan import MergePlan, NotStreamable, plan_merge
+from veneer.formats.merge_write import PLAN, RoundingError, check_file, write_merge
+from veneer.formats.merged import PROMPTS, LogitError, logit_error, model_logits
+from veneer.formats.peft import load_adapter
 
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-NOT_COPIED = ("*.index.json", "adapter_config.json", "veneer*.json", "complete.json")
-PLAN = "plan.json"
-SAMPLES = 24
-"""Tensors of a file that are checked by a row."""
+TOLERANCE = {"F32": 1e-4, "F64": 1e-4}
+"""Largest logit error over the largest logit that passes, by the merged weights' dtype."""
+TOLERANCE_16 = 0.05
+"""The same for 16-bit weights: rounding them once costs about 1e-2."""
 
 
-class NotStreamable(Exception):
-    """Why a merge must go through memory; not an error of the user's."""
+@dataclass(frozen=True)
+class CheckpointMerge:
+    """What `merge_checkpoint` wrote and how it was verified.
 
-
-@dataclass
-class RoundingError:
-    """Mean |written − float32| over all merged elements, beside that of rounding to nearest."""
-
-    count: int = 0
-    nearest: float = 0.0
-    stochastic: float = 0.0
-
-    def add(self, exact: Tensor, written: Tensor, dtype: torch.dtype) -> None:
-        self.count += exact.numel()
-        self.nearest += float((exact.to(dtype).float() - exact).abs().sum(dtype=torch.float64))
-        self.stochastic += float((written.float() - exact).abs().sum(dtype=torch.float64))
-
-    def means(self) -> tuple[float, float]:
-        """(to nearest, stochastic)."""
-        return self.nearest / max(1, self.count), self.stochastic / max(1, self.count)
-
-
-@dataclass
-class MergePlan:
-    """All that a merge will write: by file, the tensors in order with the dtype and shape to write, and their changes.
-
-    `source` names the tensor of the checkpoint that a written one starts from.
+    `logits` compares the written model with base + adapter, both read anew, and `effect` the base alone with it; without
+    them `rows` sampled rows were compared with the formula and `why` says why no more. `rounding` holds the mean errors of
+    stochastic rounding.
     """
 
-    checkpoint: Checkpoint
-    entries: dict[str, dict[str, tuple[str, tuple[int, ...]]]]
-    changes: dict[str, Change]
-    source: dict[str, str]
+    path: Path
+    files: int
+    reused: int
+    tensors: int
     untied: bool
-    dtype: torch.dtype | None = None
-    seed: int | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
+    logits: LogitError | None = None
+    effect: LogitError | None = None
+    rows: int = 0
+    why: str = ""
+    rounding: RoundingError | None = None
 
 
-def plan_merge(
+def merge_checkpoint(
+    adapter: str | Path,
     base: str | Path,
-    folder: Path,
-    adapter: Path,
+    out: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Any = "auto",
     seed: int | None = None,
+    device: str = "auto",
     force: bool = False,
-) -> MergePlan:
-    """Find out what a merge of `adapter` into the checkpoint in `folder` changes; reads no weight but samples.
+    verify: bool = True,
+    prompts: Sequence[str] = PROMPTS,
+    say: Callable[[str], None] = lambda text: None,
+) -> CheckpointMerge:
+    """Merge an adapter into a safetensors base and write a model directory like the base's, in little memory.
 
-    Raises `NotStreamable`, and what `load_adapter` raises.
+    dtype "auto" keeps the base's; `seed` turns on stochastic rounding to bfloat16. The result appears at `out` once it is
+    whole and verified: on `device` by the logits of `prompts` where the model fits into memory, else by sampled rows. Raises
+    `NotStreamable` (take `merge_into_float`), `BaseModelError` (not verified: nothing is written), `ConfigError`,
+    `RunError` (disk) and what loading raises.
     """
-    if stored_method(str(folder)):
-        raise BaseModelError(f"{base} is stored quantised: name the float model that it was made from")
-    fields, tensors = read_config(adapter), read_tensors(adapter)
-    if new_tokens_of(adapter):
-        raise NotStreamable("the adapter brings new tokens, which change the base's vocabulary")
-    checkpoint = open_checkpoint(folder)
-    model, keys = map_model(checkpoint, base)
-    check_base(model, adapter, force)
-    fields, tensors, magnitudes = _without_magnitudes(fields, tensors, adapter)
-    bank = put_on(model, fields, tensors, name="default", trainable=False, source=adapter)
-    magnitudes = _magnitudes_by_target(magnitudes, bank.layers, adapter)
-    changes = changes_of(model, "default", magnitudes)
-    checkpoint.forget()
-    plan = _plan(checkpoint, model, keys, changes, dtype)
-    plan.dtype, plan.seed = dtype, seed
-    plan.identity = _identity(checkpoint, adapter, dtype, seed)
-    return plan
+    adapter, out = Path(adapter), Path(out)
+    place, chosen = pick_device(device), None if dtype == "auto" else pick_dtype(dtype, "cpu")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty: choose another place")
+    folder = find_checkpoint(base)
+    if folder is None:
+        raise NotStreamable("the base is no safetensors checkpoint")
+    plan = plan_merge(base, folder, adapter, dtype=chosen, seed=seed, force=force)
+    _check_rounding(plan)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(plan, partial)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        with lock.acquire(timeout=0):
+            rounding, reused = write_merge(plan, partial, say)
+            found = _verify(plan, adapter, partial, place, force, prompts, say) if verify else {"why": "not asked for"}
+            if out.exists():
+                out.rmdir()
+            os.replace(partial, out)
+            (out / PLAN).unlink()
+    except Timeout:
+        raise RunError(f"another merge is writing {out}: wait for it or choose another place") from None
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror or error}; the same command goes on from here") from None
+    Path(lock.lock_file).unlink(missing_ok=True)
+    rounding = rounding if seed is not None else None
+    return CheckpointMerge(out, len(plan.entries), reused, len(plan.changes), plan.untied, rounding=rounding, **found)
 
 
-def _without_magnitudes(
-    fields: dict[str, Any], tensors: dict[str, Tensor], source: Path
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """DoRA's magnitudes apart: putting a DoRA adapter on a model would read every weight for norms that it then loses."""
-    if not fields.get("use_dora"):
-        return fields, tensors, {}
-    mark = ".lora_magnitude_vector"
-    found = {key.removesuffix(".weight").removesuffix(mark): v for key, v in tensors.items() if mark in key}
-    for path, value in found.items():
-        if not value.isfinite().all():
-            raise AdapterFormatError(f"{source}: {path}{mark} holds NaN or infinite values")
-    rest = {key: value for key, value in tensors.items() if mark not in key}
-    return fields | {"use_dora": False}, rest, found
+def _check_rounding(plan: MergePlan) -> None:
+    if plan.seed is None:
+        return
+    code = next((e[key][0] for e in plan.entries.values() for key in plan.changes if key in e), "BF16")
+    if code != "BF16":
+        raise ConfigError(f"stochastic rounding is for bfloat16, and this merge writes {code}: add --dtype bfloat16")
 
 
-def _magnitudes_by_target(found: dict[str, Tensor], layers: dict[str, Any], source: Path) -> dict[str, Tensor]:
-    if not found:
-        return {}
-    found = resolve_paths(found, [])
-    for path, layer in layers.items():
-        if path not in found or found[path].numel() != layer.d_out:
-            raise AdapterFormatError(f"{source}: {path} lacks a lora_magnitude_vector of {layer.d_out} values")
+def _check_room(plan: MergePlan, partial: Path) -> None:
+    there = sum(file.stat().st_size for file in partial.glob("*.safetensors")) if partial.exists() else 0
+    needed = plan.nbytes - there
+    free = shutil.disk_usage(partial.parent).free
+    if needed > free:
+        raise RunError(
+            f"the merged model takes {needed / 1e9:.1f} GB more and {partial.parent} has {free / 1e9:.1f} GB free"
+        )
+
+
+def _verify(
+    plan: MergePlan,
+    adapter: Path,
+    partial: Path,
+    device: str,
+    force: bool,
+    prompts: Sequence[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Compare what was written with base + adapter; on failure remove it and raise `BaseModelError`."""
+    dtype, why = _fitting_dtype(plan, device)
+    if dtype is None:
+        checked = [check_file(plan, name, partial / name) for name in plan.entries]
+        wrong = next((problem for _, problem in checked if problem), None)
+        found = {"rows": sum(rows for rows, _ in checked), "why": why}
+    else:
+        say("verifying: logits of base + adapter, and of what was written")
+        options = {"device": device, "dtype": dtype}
+        model, tokenizer = load_base(plan.checkpoint.folder, **options)
+        load_adapter(model, adapter, force=force, trainable=False)
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        truth = model_logits(model, ids)
+        with get_bank(model).disabled():
+            alone = model_logits(model, ids)
+        del model
+        model, _ = load_base(partial, **options)
+        error = logit_error(model_logits(model, ids), truth)
+        found = {"logits": error, "effect": logit_error(alone, truth)}
+        limit = min(TOLERANCE.get(code, TOLERANCE_16) for code, _ in _changed_entries(plan))
+        bad = error.max > limit * max(float(z.abs().max()) for z in truth) or error.max != error.max
+        wrong = f"{error}, tolerance {limit:g} of the largest logit" if bad else None
+    if wrong:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise BaseModelError(f"the merged model is not the base with its adapter ({wrong}): nothing was written")
     return found
 
 
-def _plan(
-    checkpoint: Checkpoint, model: Any, keys: dict[str, str], changes: dict[str, Change], dtype: torch.dtype | None
-) -> MergePlan:
-    def code(stored: str) -> str:
-        return CODES[dtype] if dtype is not None and stored in FLOATS else stored
+def _changed_entries(plan: MergePlan) -> list[tuple[str, tuple[int, ...]]]:
+    return [entry for entries in plan.entries.values() for key, entry in entries.items() if key in plan.changes]
 
-    entries = {
-        name: {key: (code(e.dtype), e.shape) for key, e in file.entries.items()}
-        for name, file in checkpoint.files.items()
-    }
-    by_key: dict[str, Change] = {}
-    source: dict[str, str] = {}
-    untied = False
-    embedding = plain(model.get_input_embeddings()).weight
-    head = output_head(model)
-    for names in by_place(model).values():
-        changed = {n: changes[n] for n in names if n in changes}
-        stored = [n for n in names if n in keys]
-        if not changed:
-            continue
-        if not stored:
-            raise NotStreamable(f"the checkpoint holds {next(iter(changed))} in another form")
-        alike = len(changed) == len(names) and all(c is changed[names[0]] or c == changed[names[0]] for c in changed.values())
-        if alike:
-            by_key |= {keys[n]: changed[n] for n in stored}
-            continue
-        if head is None or {id(model.get_parameter(n)) for n in ()} or not _is_pair(model, names, embedding, head):
-            raise NotStreamable(f"{', '.join(names)} share one weight and change differently")
-        untied = True
-        for name in names:
-            key = keys.get(name, name)
-            if name not in keys:
-                near = keys[stored[0]]
-                entries[checkpoint.where[near]][key] = entries[checkpoint.where[near]][near]
-                source[key] = near
-            if name in changed:
-                by_key[key] = changed[name]
-    return MergePlan(checkpoint, entries, by_key, source, untied)
+
+def _fitting_dtype(plan: MergePlan, device: str) -> tuple[torch.dtype | None, str]:
+    """The dtype to compare logits in: float32 if that fits into memory, else the written one; (None, why) if neither."""
+    names = {file.name for file in plan.checkpoint.folder.iterdir()}
+    if not any(name.startswith("token") or name.startswith("vocab") or name.endswith(".model") for name in names):
+        return None, "the base has no tokenizer"
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(torch.device(device))[0]
+    else:
+        free = psutil.virtual_memory().available
+    elements = sum(torch.Size(shape).numel() for e in plan.entries.values() for _, shape in e.values())
+    for dtype in (torch.float32, plan.dtype or torch.bfloat16):
+        if elements * dtype.itemsize * 1.2 + 5e8 < free:
+            return dtype, ""
+    return None, f"the model does not fit into the {free / 1e9:.1f} GB of memory that are free"
+
+
+__all__ = ["CheckpointMerge", "NotStreamable", "merge_checkpoint"]

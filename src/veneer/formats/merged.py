@@ -92,8 +92,8 @@ def merge_into_float(
         raise BaseModelError(f"{base} is stored quantised: name the float model that it was made from")
     load_adapter(model, adapter, force=force, trainable=False)
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    truth = _logits(model, ids)
-    exact = logit_error(_logits(merge(model), ids), truth)
+    truth = model_logits(model, ids)
+    exact = logit_error(model_logits(merge(model), ids), truth)
     if exact.max > EXACT * max(float(z.abs().max()) for z in truth):
         raise BaseModelError(f"the merged model is not the base with its adapter ({exact}): nothing was written")
     if requantise is None:
@@ -106,14 +106,14 @@ def merge_into_float(
         del model
         model, _ = load_base(folder, quant=requantise, **options)
     _write(model, tokenizer, out)
-    found = {"requantised": _logits(model, ids)}
+    found = {"requantised": model_logits(model, ids)}
     del model
     model, _ = load_base(base, quant=requantise, **options)
-    found["alone"] = _logits(model, ids)
+    found["alone"] = model_logits(model, ids)
     load_adapter(model, adapter, force=force, trainable=False)
-    found["unmerged"] = _logits(model, ids)
+    found["unmerged"] = model_logits(model, ids)
     _merge_and_round(model, requantise)
-    found["naive"] = _logits(model, ids)
+    found["naive"] = model_logits(model, ids)
     near = {key: logit_error(found[key], found["unmerged"]) for key in ("requantised", "naive", "alone")}
     to_float = {key: logit_error(found[key], truth) for key in ("unmerged", "requantised", "naive")}
     return MergeReport(out, requantise, exact, near["requantised"], near["naive"], near["alone"], to_float)
@@ -146,7 +146,8 @@ def _merge_and_round(model: nn.Module, quant: str) -> None:
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, ids: Sequence[list[int]]) -> list[Tensor]:
+def model_logits(model: nn.Module, ids: Sequence[list[int]]) -> list[Tensor]:
+    """Logits of each row of token ids, (T, V) float32 on the CPU."""
     return [model(input_ids=torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in ids]
 
 
