@@ -68,6 +68,7 @@ class TensorFile:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._file = os.dup(file.fileno())
         except (SafetensorError, OSError, ValueError) as error:
             raise BaseModelError(f"{path} is damaged or cut short ({error}): download it again") from None
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -93,19 +94,32 @@ class TensorFile:
                 return raw.clone().view(dtype).view(entry.shape)
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 
-    def chunks(self, name: str) -> Iterable[memoryview]:
-        """A tensor's bytes, piece by piece; what was read is let go."""
-        entry, view = self.entries[name], memoryview(self._map)
-        for start in range(entry.start, entry.stop, CHUNK):
-            stop = min(start + CHUNK, entry.stop)
-            yield view[start:stop]
-            self.release(start, stop)
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def copy_to(self, file: Any, name: str) -> int:
+        """Append a tensor's bytes to an open file, within the system where it can do that; return how many."""
+        entry = self.entries[name]
+        at = entry.start
+        while at < entry.stop:
+            count = min(CHUNK, entry.stop - at)
+            try:
+                done = os.copy_file_range(self._file, file.fileno(), count, at)
+            except (AttributeError, OSError):
+                done = 0
+            if not done:  # not on this system, or not between these two file systems
+                done = file.write(memoryview(self._map)[at : at + count])
+                self.release(at, at + done)
+            at += done
+        return entry.stop - entry.start
 
     def release(self, start: int, stop: int) -> None:
         """Let the pages between two places of the file go from this process's memory; they stay in the file's cache."""
         if hasattr(self._map, "madvise"):
             start = start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            if stop > start:
+                self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 @dataclass(frozen=True)
@@ -187,7 +201,9 @@ def write_tensors(
     metadata: dict[str, str],
     pieces: Callable[[str], Iterable[Any]],
 ) -> None:
-    """Write a safetensors file, each tensor from the pieces (bytes-like, in order) that `pieces(name)` gives.
+    """Write a safetensors file, each tensor from the pieces that `pieces(name)` gives in order.
+
+    A piece is bytes-like, or a function that writes to the file it is given and returns how many bytes.
 
     In one atomic step: the file has its name only once all is on the disk. Raises `RunError` (disk).
     """
@@ -209,9 +225,10 @@ def write_tensors(
 
 def _write_all(file: Any, piece: Any) -> int:
     """Write a piece, however little the system takes at once."""
+    if callable(piece):
+        return piece(file)
     view = memoryview(piece).cast("B") if not isinstance(piece, bytes) else memoryview(piece)
-    size = at = len(view)
     at = 0
-    while at < size:
+    while at < len(view):
         at += file.write(view[at:])
-    return size
+    return at

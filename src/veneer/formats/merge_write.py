@@ -6,7 +6,9 @@ import hashlib
 import json
 import random
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from veneer.base.checkpoint import DTYPES, INDEX, TensorFile, header_of, write_tensors
 from veneer.files import write_text
-from veneer.formats.changes import Change, Round, as_matrices, merged_blocks, reference_row
+from veneer.formats.changes import Change, Round, as_matrices, changed_rows, column_norm, reference_row, spans
 from veneer.formats.merge_plan import MergePlan
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -35,10 +37,17 @@ class RoundingError:
     nearest: float = 0.0
     stochastic: float = 0.0
 
-    def add(self, exact: Tensor, written: Tensor, dtype: torch.dtype) -> None:
-        self.count += exact.numel()
-        self.nearest += float((exact.to(dtype).float() - exact).abs().sum(dtype=torch.float64))
-        self.stochastic += float((written.float() - exact).abs().sum(dtype=torch.float64))
+    @classmethod
+    def of(cls, exact: Tensor, written: Tensor) -> RoundingError:
+        """The sums over one block."""
+        sums = [(v.float() - exact).abs().sum(dtype=torch.float64) for v in (exact.to(written.dtype), written)]
+        return cls(exact.numel(), *map(float, sums))
+
+    def add(self, other: RoundingError) -> None:
+        """Add another's sums to these."""
+        self.count += other.count
+        self.nearest += other.nearest
+        self.stochastic += other.stochastic
 
     def means(self) -> tuple[float, float]:
         """(to nearest, stochastic)."""
@@ -80,28 +89,64 @@ def _resumed(plan: MergePlan, partial: Path) -> dict[str, list]:
 
 def pieces_of(plan: MergePlan, error: RoundingError) -> Callable[[str], Iterable[Any]]:
     """The bytes of each tensor to write, a few rows at a time."""
+    codes = {key: code for entries in plan.entries.values() for key, (code, _) in entries.items()}
 
     def pieces(key: str) -> Iterable[Any]:
         source = plan.source.get(key, key)
         file = plan.checkpoint.files[plan.checkpoint.where[source]]
-        entry, change = file.entries[source], plan.changes.get(key)
-        code = next(e[key][0] for e in plan.entries.values() if key in e)
-        if change is None and code == entry.dtype:
-            return file.chunks(source)
-        return _sums(file, source, change or Change(), DTYPES[code], key)
-
-    def _sums(file: TensorFile, source: str, change: Change, dtype: torch.dtype, key: str) -> Iterator[Any]:
-        stochastic = plan.seed is not None and key in plan.changes
-        rounded = stochastic_rounding(plan.seed, key) if stochastic else lambda total, number: total.to(dtype)
-        entry, at = file.entries[source], file.entries[source].start
-        for total, block in merged_blocks(file.tensor(source), change, rounded):
-            if stochastic:
-                error.add(total, block, dtype)
-            yield block.contiguous().view(torch.uint8).numpy()
-            at += block.numel() * DTYPES[entry.dtype].itemsize
-            file.release(entry.start, at)
+        change = plan.changes.get(key)
+        if change is None and codes[key] == file.entries[source].dtype:
+            return [lambda out: file.copy_to(out, source)]
+        measured = error if plan.seed is not None and change is not None else None
+        return _sums(file, source, change or Change(), _rounding(plan, key, DTYPES[codes[key]]), measured)
 
     return pieces
+
+
+def _rounding(plan: MergePlan, key: str, dtype: torch.dtype) -> Round:
+    if plan.seed is not None and key in plan.changes:
+        return stochastic_rounding(plan.seed, key)
+    return lambda total, number: total.to(dtype)
+
+
+def _sums(
+    file: TensorFile, source: str, change: Change, rounded: Round, error: RoundingError | None
+) -> Iterator[memoryview]:
+    """The blocks of a changed tensor in order; a few threads work on the next ones while one is being written."""
+    stored = file.tensor(source)
+    matrices = as_matrices(stored if change.whole is None else change.whole)
+    blocks, norms = spans(matrices), {}
+    row = stored.element_size() * matrices.shape[2]
+    begin = file.entries[source].start
+
+    def work(number: int) -> tuple[Tensor, RoundingError | None]:
+        e, start, stop = blocks[number]
+        total = changed_rows(matrices, change, blocks[number], norms.get(e))
+        block = rounded(total, number)
+        at = begin + (e * matrices.shape[1] + start) * row
+        file.release(at, at + (stop - start) * row)
+        return block, RoundingError.of(total, block) if error is not None else None
+
+    for e in range(len(matrices)):
+        norms[e] = column_norm(matrices, change, e)
+    for block, mine in in_order(work, len(blocks)):
+        if mine is not None:
+            error.add(mine)
+        yield memoryview(block.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def in_order(work: Callable[[int], Any], count: int) -> Iterator[Any]:
+    """work(0), work(1), … in order, a few ahead in threads of one core each: torch's own threads are too fine for blocks."""
+    before = torch.get_num_threads()
+    ahead: deque = deque()
+    with ThreadPoolExecutor(before, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for number in range(count):
+            ahead.append(pool.submit(work, number))
+            if len(ahead) > 2 * before:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    torch.set_num_threads(before)
 
 
 def stochastic_rounding(seed: int, key: str) -> Round:
