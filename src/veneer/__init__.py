@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from veneer.data.load import read_examples
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
+    from veneer.formats.merge_stream import merge_checkpoint
     from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
     from veneer.interop.accelerate import accelerate, decelerate
@@ -39,6 +40,7 @@ _WHERE = {
     "read_examples": "data.load",
     "prepare": "data.prepare",
     "VeneerError": "errors",
+    "merge_checkpoint": "formats.merge_stream",
     "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
