@@ -45,7 +45,9 @@ def make(folder: Path, layers: int) -> None:
 
     base = folder / "base"
     base.mkdir(parents=True)
-    LlamaConfig(**LLAMA_8B, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"]).save_pretrained(base)
+    LlamaConfig(
+        **LLAMA_8B, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"]
+    ).save_pretrained(base)
     model = empty_model(base)
     torch.manual_seed(0)
     pool = (torch.randn(1 << 22) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy()
@@ -85,7 +87,18 @@ def make(folder: Path, layers: int) -> None:
 
 def measured(what: str, folder: Path, out: Path, threads: int) -> dict:
     """Run one of `PARTS` in a process of its own."""
-    command = [sys.executable, __file__, "--part", what, "--folder", str(folder), "--to", str(out), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        what,
+        "--folder",
+        str(folder),
+        "--to",
+        str(out),
+        "--threads",
+        str(threads),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -128,9 +141,12 @@ PARTS = {"copy": copy, "merge": merge, "merge_verified": merge_verified, "peft":
 
 
 def run_part(what: str, folder: Path, out: Path, threads: int) -> None:
-    if what != "copy":
+    if what != "copy":  # imports take seconds whatever the model's size
+        import peft  # noqa: F401
         import torch
-        import transformers  # noqa: F401
+        from transformers import LlamaForCausalLM  # noqa: F401
+
+        import veneer.formats.merge_stream  # noqa: F401
 
         torch.set_num_threads(threads)
     begin = time.perf_counter()
@@ -138,7 +154,11 @@ def run_part(what: str, folder: Path, out: Path, threads: int) -> None:
     seconds = time.perf_counter() - begin
     size = sum(file.stat().st_size for file in out.iterdir())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": round(seconds, 2), "MB_per_s": round(size / seconds / 1e6), "peak_GB": round(peak / 1e9, 2)}))
+    print(
+        json.dumps(
+            {"seconds": round(seconds, 2), "MB_per_s": round(size / seconds / 1e6), "peak_GB": round(peak / 1e9, 2)}
+        )
+    )
 
 
 def main() -> None:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
     from veneer.formats.merge_stream import merge_checkpoint
+    from veneer.formats.combine import combine
     from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
     from veneer.interop.accelerate import accelerate, decelerate
     from veneer.interop.from_peft import from_peft
     from veneer.training.loop import Trainer, train
+    from veneer.training.tune import tune_weights
 
 _WHERE = {
     "attach": "adapter.attach",
@@ -41,6 +43,7 @@ _WHERE = {
     "prepare": "data.prepare",
     "VeneerError": "errors",
     "merge_checkpoint": "formats.merge_stream",
+    "combine": "formats.combine",
     "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
@@ -49,6 +52,7 @@ _WHERE = {
     "from_peft": "interop.from_peft",
     "Trainer": "training.loop",
     "train": "training.loop",
+    "tune_weights": "training.tune",
 }
 __all__ = ["__version__", *_WHERE]
 

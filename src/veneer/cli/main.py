@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from veneer.cli import chat, data, evaluate, generate, info, init, merge, train
+from veneer.cli import chat, combine, data, evaluate, generate, info, init, merge, train
 from veneer.errors import VeneerError
 from veneer.version import __version__
 
@@ -27,6 +27,7 @@ app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
 app.command("merge")(merge.command)
+app.command("combine")(combine.command)
 app.command("init")(init.command)
 app.command("info")(info.command)
 

@@ -126,9 +126,8 @@ def write_adapter(adapter: AdapterFile, out: str | Path) -> Path:
 def names_of(path: str, fields: Mapping[str, Any]) -> list[str]:
     """The names by which PEFT looks up a layer's rank and alpha: its own; or for parameters of a module, theirs."""
     plain = path.removesuffix(OUT_PROJ).replace(".base_layer", "")
-    entries = [str(entry) for entry in fields.get("target_parameters") or ()]
-    own = {f"{plain}.{entry.rpartition('.')[2]}": entry for entry in entries}
-    return [name for name, entry in own.items() if name == entry or name.endswith(f".{entry}")] or [plain]
+    own = [(f"{plain}.{entry.rpartition('.')[2]}", entry) for entry in fields.get("target_parameters") or ()]
+    return list(dict.fromkeys(n for n, entry in own if n == entry or n.endswith(f".{entry}"))) or [plain]
 
 
 def rank_and_scaling(path: str, fields: Mapping[str, Any]) -> tuple[int, float]:
