@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from veneer.data.load import read_examples
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
-    from veneer.formats.merge_stream import merge_checkpoint
     from veneer.formats.combine import combine
+    from veneer.formats.merge_stream import merge_checkpoint
     from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
+    from veneer.formats.reduced import reduce_adapter
     from veneer.interop.accelerate import accelerate, decelerate
     from veneer.interop.from_peft import from_peft
     from veneer.training.loop import Trainer, train
@@ -47,6 +48,7 @@ _WHERE = {
     "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
+    "reduce_adapter": "formats.reduced",
     "accelerate": "interop.accelerate",
     "decelerate": "interop.accelerate",
     "from_peft": "interop.from_peft",

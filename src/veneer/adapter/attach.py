@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -28,6 +29,7 @@ from veneer.adapter.layers import (
     plain,
 )
 from veneer.adapter.pretrained import claim
+from veneer.adapter.replay import watch_calls
 from veneer.adapter.scope import Plan, with_task_heads, with_token_ids
 from veneer.adapter.targets import Target, check_twins, embedding_twins, output_head, select
 from veneer.config import AdapterConfig
@@ -151,7 +153,14 @@ def merge(model: nn.Module) -> nn.Module:
     more (only one of the two was adapted) is untied in the model's config too.
     """
     bank = get_bank(model)
+    gained = biases_gained(bank)
     bank.merge()
+    if gained and hasattr(model, "save_pretrained"):
+        warnings.warn(
+            f"{len(gained)} merged layers, first {gained[0]}, have a bias now (lora_bias), which {type(model).__name__} "
+            f"does not have there: the model is right in memory, but from_pretrained drops those biases",
+            stacklevel=2,
+        )
     bank.routing.stack, bank._originals = {}, {}  # whole modules and biases that are swapped in stay
     _unwrap(bank)
     head, embedding = output_head(model), getattr(model, "get_input_embeddings", lambda: None)()
@@ -163,7 +172,14 @@ def merge(model: nn.Module) -> nn.Module:
             else:
                 for part in (config, config.get_text_config()):
                     part.tie_word_embeddings = False
+                for twin in embedding_twins(model, embedding):  # an untied model's checkpoint has each on its own
+                    twin.weight = nn.Parameter(twin.weight.detach().clone(), twin.weight.requires_grad)
     return model
+
+
+def biases_gained(bank: Bank) -> list[str]:
+    """The layers without a bias to which merging the active adapters would give one."""
+    return [p for p, layer in bank.layers.items() if layer.lora_bias.keys() & bank.active.keys() and layer.bias is None]
 
 
 def _unwrap(bank: Bank) -> None:
@@ -198,6 +214,7 @@ def _new_bank(model: nn.Module) -> Bank:
     model.requires_grad_(False)
     model.__dict__[BANK] = bank  # not a submodule: it must not show in state_dict() or named_modules()
     claim(bank)
+    bank.undo += watch_calls(model, bank.routing)
     return bank
 
 

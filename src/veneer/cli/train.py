@@ -46,6 +46,7 @@ FLAGS = {
     "seed": "seed",
 }
 
+INITS = "kaiming, gaussian, orthogonal, pissa, olora, eva, corda, lora_ga, or loftq (quantised bases)"
 V = {"rich_help_panel": "Variants (docs/variants.md)"}
 
 
@@ -79,7 +80,7 @@ def command(
     adalora: Annotated[
         int | None, typer.Option(help="AdaLoRA: mean rank at the end; training starts with --rank.", **V)
     ] = None,
-    init: Annotated[str | None, typer.Option(help="How A and B start: kaiming, gaussian, orthogonal, …", **V)] = None,
+    init: Annotated[str | None, typer.Option(help=f"How A and B start: {INITS}.", **V)] = None,
     invocation: Annotated[
         str | None, typer.Option(help="aLoRA: the text, or token ids with commas, from which on the adapter acts.", **V)
     ] = None,

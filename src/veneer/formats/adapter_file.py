@@ -16,8 +16,8 @@ from torch import Tensor
 from veneer.adapter import math
 from veneer.adapter.targets import matches_pattern
 from veneer.errors import AdapterFormatError, AdapterStateError
-from veneer.files import new_directory
-from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, read_config, read_json, read_tensors, write_json
+from veneer.files import new_directory, read_object
+from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, read_config, read_tensors, write_json
 from veneer.formats.peft_tensors import PREFIX
 
 FACTOR = re.compile(r"(?P<path>.+)\.(?:lora_(?P<leaf>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
@@ -94,7 +94,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     layers = {name: _factors(path, name, pair, fields, name in embeddings) for name, pair in found.items()}
     if not (layers or rest):
         raise AdapterFormatError(f"{path / TENSORS} holds no tensor")
-    provenance = read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    provenance = read_object(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
     return AdapterFile(path, fields, provenance, layers, rest)
 
 
