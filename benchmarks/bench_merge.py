@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -45,9 +44,8 @@ def make(folder: Path, layers: int) -> None:
 
     base = folder / "base"
     base.mkdir(parents=True)
-    LlamaConfig(
-        **LLAMA_8B, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"]
-    ).save_pretrained(base)
+    options = {"num_hidden_layers": layers, "dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]}
+    LlamaConfig(**LLAMA_8B, **options).save_pretrained(base)
     model = empty_model(base)
     torch.manual_seed(0)
     pool = (torch.randn(1 << 22) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy()
@@ -153,7 +151,8 @@ def run_part(what: str, folder: Path, out: Path, threads: int) -> None:
     PARTS[what](folder, out)
     seconds = time.perf_counter() - begin
     size = sum(file.stat().st_size for file in out.iterdir())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the parent's peak
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
     print(
         json.dumps(
             {"seconds": round(seconds, 2), "MB_per_s": round(size / seconds / 1e6), "peak_GB": round(peak / 1e9, 2)}

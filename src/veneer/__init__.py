@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
     from veneer.formats.combine import combine
+    from veneer.formats.extract import extract
     from veneer.formats.merge_stream import merge_checkpoint
     from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
-    from veneer.formats.reduced import reduce_adapter
+    from veneer.formats.resize import diff, resize
     from veneer.interop.accelerate import accelerate, decelerate
     from veneer.interop.from_peft import from_peft
     from veneer.training.loop import Trainer, train
@@ -43,12 +44,14 @@ _WHERE = {
     "read_examples": "data.load",
     "prepare": "data.prepare",
     "VeneerError": "errors",
+    "extract": "formats.extract",
     "merge_checkpoint": "formats.merge_stream",
     "combine": "formats.combine",
     "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
-    "reduce_adapter": "formats.reduced",
+    "resize": "formats.resize",
+    "diff": "formats.resize",
     "accelerate": "interop.accelerate",
     "decelerate": "interop.accelerate",
     "from_peft": "interop.from_peft",

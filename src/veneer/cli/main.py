@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from veneer.cli import bench, chat, combine, data, evaluate, generate, info, init, merge, reduce, train
+from veneer.cli import bench, chat, combine, data, diff, evaluate, extract, generate, info, init, merge, resize, train
 from veneer.errors import VeneerError
 from veneer.version import __version__
 
@@ -30,7 +30,9 @@ app.add_typer(data.app, name="data")
 app.command("merge")(merge.command)
 app.command("combine")(combine.command)
 app.command("bench")(bench.command)
-app.command("reduce")(reduce.command)
+app.command("extract")(extract.command)
+app.command("resize")(resize.command)
+app.command("diff")(diff.command)
 app.command("init")(init.command)
 app.command("info")(info.command)
 
