@@ -11,6 +11,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 CHUNK = 1 << 24
 """Bytes copied at once."""
+FLUSH = 1 << 27
+"""Bytes after which the disk is told to write what has come so far."""
 
 
 @dataclass(frozen=True)
@@ -209,15 +212,19 @@ def write_tensors(
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with ThreadPoolExecutor(1) as flusher, temporary.open("wb", buffering=0) as file:
             head = header_of(entries, metadata)
-            _write_all(file, head)
+            flushed, flush = _write_all(file, head), None
             for name, (code, shape) in entries.items():
-                count = sum(_write_all(file, piece) for piece in pieces(name))
+                count = 0
+                for piece in pieces(name):
+                    count += _write_all(file, piece)
+                    if file.tell() - flushed > FLUSH and (flush is None or flush.done()):  # the disk works meanwhile
+                        flushed, flush = file.tell(), flusher.submit(os.fsync, file.fileno())
                 wanted = torch.Size(shape).numel() * DTYPES[code].itemsize
                 if count != wanted:
                     raise AssertionError(f"{name}: {count} bytes, not {wanted}")
-            os.fsync(file.fileno())
+            flusher.submit(os.fsync, file.fileno()).result()
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from None

@@ -141,8 +141,8 @@ def low_rank(change: Tensor, rank: int | None, energy: float | None) -> factors.
         q = min(2 * q, limit)
     k = limit
     if energy is not None:
-        rest = torch.tensor([max(0.0, total - float(squares.sum()))], dtype=torch.float64)
-        k = min(limit, rank_for(torch.cat([squares, rest]), energy), len(s))
+        unseen = max(0.0, total - float(squares.sum())) if len(s) < small else 0.0
+        k = min(limit, rank_for(torch.cat([squares, squares.new_tensor([unseen])]), energy), len(s))
     return factors.from_svd(u[:, :k], s[:k], vh[:k].t())
 
 
