@@ -12,12 +12,14 @@ from veneer.version import __version__
 
 if TYPE_CHECKING:
     from veneer.adapter.attach import attach, detach, get_bank, merge
+    from veneer.adapter.slot import reserve
     from veneer.base.generate import generate, stream
     from veneer.base.load import load_base
     from veneer.config import AdapterConfig, DataConfig, OptimConfig, TrainConfig
     from veneer.data.load import read_examples
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
+    from veneer.formats.adapter_file import swap_adapter
     from veneer.formats.combine import combine
     from veneer.formats.extract import extract
     from veneer.formats.merge_stream import merge_checkpoint
@@ -34,6 +36,8 @@ _WHERE = {
     "detach": "adapter.attach",
     "get_bank": "adapter.attach",
     "merge": "adapter.attach",
+    "reserve": "adapter.slot",
+    "swap_adapter": "formats.adapter_file",
     "generate": "base.generate",
     "stream": "base.generate",
     "load_base": "base.load",

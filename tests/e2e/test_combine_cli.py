@@ -72,3 +72,17 @@ def test_weights_tuned_on_examples(cli, two, tmp_path, model_dir, conversations)
     assert found != [0.5, 0.5] and len(found) == 2
     model, _ = veneer.load_base(str(model_dir))
     veneer.load_adapter(model, out)
+
+
+def test_verify_compares_with_the_stack_and_fails_where_it_must(cli, two, tmp_path, model_dir, monkeypatch):
+    out, options = tmp_path / "out", ("--weights", "0.7,-0.3", "--model", model_dir, "--verify")
+    done = cli("combine", *two, *options, "--out", out)
+    assert done.code == 0, done.err
+    assert "same top token 100.0%" in done.out
+    done = cli("combine", *two, *options, "--method", "iso-c", "--out", tmp_path / "flat")
+    assert done.code == 0 and "logit error" in done.out  # not the sum, on purpose
+    from veneer.formats import combine
+
+    monkeypatch.setattr(combine, "layer_weights", lambda weights, names, count: dict.fromkeys(names, [0.7, 0.3]))
+    done = cli("combine", *two, *options, "--out", tmp_path / "wrong")
+    assert done.code == 2 and "is not the sum of its adapters" in done.err

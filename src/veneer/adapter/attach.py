@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter.bank import Bank, Entry
+from veneer.adapter.bank import NAME, Bank, Entry
 from veneer.adapter.init import Start, blank, start
 from veneer.adapter.invocation import watch_invocation
 from veneer.adapter.layers import (
@@ -194,7 +193,7 @@ def _unwrap(bank: Bank) -> None:
 
 def check_free(model: nn.Module, name: str) -> None:
     """Raise `AdapterStateError` unless the model can take a further adapter of this name."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+    if not NAME.fullmatch(name):
         raise AdapterStateError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
     bank = model.__dict__.get(BANK)
     if bank is not None and name in bank.entries:

@@ -50,8 +50,13 @@ def command(
     tune_examples: Annotated[int, typer.Option(min=1, help="Use the first so many examples.")] = 32,
     tune_l1: Annotated[float, typer.Option(min=0.0, help="Weight of the sum of the weights' sizes.")] = 0.05,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="With --tune-on: the base (default: what the adapters name).")
+        str | None,
+        typer.Option("--model", "-m", help="The base of --tune-on and --verify (default: what the adapters name)."),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Load the base, and compare the logits of the result and the stacked adapters."),
+    ] = False,
 ) -> None:
     """Combine adapters of one base into one adapter, and say how far it is from their weighted sum."""
     import torch
@@ -71,8 +76,10 @@ def command(
         "force": force,
         **settings,
     }
-    if tune_on is None and model is not None:
-        raise ConfigError("--model is for --tune-on: combining does not need the base")
+    if model is not None and tune_on is None and not verify:
+        raise ConfigError("--model is for --tune-on and --verify: combining does not need the base")
+    if verify and isinstance(chosen, dict):
+        raise ConfigError("--verify stacks the adapters, which have one weight each: not with a file of weights")
     if tune_on is not None:
         from veneer.training.tune import tune_weights
 
@@ -94,3 +101,10 @@ def command(
         console.print(str(tuned), soft_wrap=True, markup=False)
     report = combine(folders, out, weights=chosen, device=device, **options)
     console.print(str(report), soft_wrap=True, markup=False)
+    if verify:
+        from veneer.formats.combine_check import check_on_base
+
+        exact = method == "cat" and scale == 1.0 and dtype == "float32"
+        base = model or base_of(folders[0])
+        error = check_on_base(base, folders, chosen, out, exact=exact, force=force, device=device)
+        console.print(f"  on {base}: {error}, against the stacked adapters", soft_wrap=True, markup=False)

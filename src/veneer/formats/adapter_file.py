@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.adapter import math
+from veneer.adapter.attach import get_bank
+from veneer.adapter.slot import swap
 from veneer.adapter.targets import matches_pattern
 from veneer.errors import AdapterFormatError, AdapterStateError
 from veneer.files import new_directory, read_object
-from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, read_config, read_tensors, write_json
+from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, check_base, read_config, read_tensors, write_json
+from veneer.formats.peft_config import as_patterns
 from veneer.formats.peft_tensors import PREFIX
+from veneer.formats.peft_tokens import without_lora
 
 FACTOR = re.compile(r"(?P<path>.+)\.(?:lora_(?P<leaf>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 OUT_PROJ = ".base_layer.out_proj"
@@ -115,6 +119,8 @@ def write_adapter(adapter: AdapterFile, out: str | Path) -> Path:
         leaves = ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{name}.{leaf}": value for leaf, value in zip(leaves, (f.lora_A, f.lora_B))}
     tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    if not layers and fields.get("trainable_token_indices"):
+        fields, tensors = without_lora({"target_modules": [], "target_parameters": None} | fields, tensors, None)
     with new_directory(out) as folder:
         write_json(folder / CONFIG, fields, sort_keys=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -160,16 +166,7 @@ def with_ranks(fields: Mapping[str, Any], layers: Mapping[str, Factors]) -> dict
         for name in names_of(path, new):
             if not _close(wanted.setdefault(name, (f.rank, alpha)), (f.rank, alpha)):
                 raise AdapterFormatError(f"the adapted parameters of {path} have different ranks or scalings")
-    values = list(wanted.values())
-    rank, alpha = max(values, key=values.count)
-    key = {name: f"^{name}" if any(other.endswith(f".{name}") for other in wanted) else name for name in wanted}
-    new |= {
-        "r": rank,
-        "lora_alpha": _number(alpha),
-        "rank_pattern": {key[name]: r for name, (r, _) in wanted.items() if r != rank},
-        "alpha_pattern": {key[name]: _number(a) for name, (_, a) in wanted.items() if a != alpha},
-    }
-    return new
+    return new | dict(zip(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), as_patterns(wanted)))
 
 
 def _factors(source: Path, name: str, pair: dict[str, Tensor], fields: dict[str, Any], embedding: bool) -> Factors:
@@ -205,5 +202,14 @@ def _close(one: tuple[int, float], other: tuple[int, float]) -> bool:
     return one[0] == other[0] and abs(one[1] - other[1]) <= 1e-12 * abs(other[1])
 
 
-def _number(value: float) -> int | float:
-    return int(value) if value == int(value) else value
+def swap_adapter(model: nn.Module, path: str | Path, *, name: str = "default", force: bool = False) -> None:
+    """Exchange the factors of a live slot (`veneer.reserve`) for those of an adapter directory, in place.
+
+    Raises `AdapterStateError` (no slot, a rank or target beyond it, an adapter that is more than factors) and what
+    `read_adapter` and `check_base` raise.
+    """
+    bank, adapter = get_bank(model), read_adapter(path)
+    check_base(model, Path(path), force)
+    if adapter.rest or adapter.fields.get("use_dora") or adapter.fields.get("alora_invocation_tokens"):
+        raise AdapterStateError(f"{path} is more than lora_A and lora_B: load it beside the slot (veneer.load_adapter)")
+    swap(bank, name, {path: (f.lora_A, f.lora_B, f.scaling) for path, f in adapter.layers.items()})
