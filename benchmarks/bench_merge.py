@@ -147,15 +147,20 @@ def run_part(what: str, folder: Path, out: Path, threads: int) -> None:
         import veneer.formats.merge_stream  # noqa: F401
 
         torch.set_num_threads(threads)
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     PARTS[what](folder, out)
-    seconds = time.perf_counter() - begin
+    seconds, busy = time.perf_counter() - begin, time.process_time() - busy
     size = sum(file.stat().st_size for file in out.iterdir())
     status = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the parent's peak
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
     print(
         json.dumps(
-            {"seconds": round(seconds, 2), "MB_per_s": round(size / seconds / 1e6), "peak_GB": round(peak / 1e9, 2)}
+            {
+                "seconds": round(seconds, 2),
+                "cpu_seconds": round(busy, 2),
+                "MB_per_s": round(size / seconds / 1e6),
+                "peak_GB": round(peak / 1e9, 2),
+            }
         )
     )
 
@@ -173,7 +178,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         return run_part(args.part, args.folder, args.to, args.threads)
-    found = {"machine": {"cpus": os.cpu_count(), "processor": platform.machine()}, "threads": args.threads}
+    found = {
+        "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "load": os.getloadavg()},
+        "threads": args.threads,
+    }
     for layers, parts in ((args.layers, ["copy", "merge"]), (args.peft_layers, ["merge", "peft"])):
         folder = args.folder / f"{layers}-layers"
         try:

@@ -120,8 +120,8 @@ def _plan(
     lost = sorted(changes.keys() - {name for names in places for name in names})
     if lost:
         raise BaseModelError(
-            f"the adapter adds {len(lost)} biases to modules that have none, first {lost[0]}: the merged model's "
-            f"architecture has no place for them, so serve base and adapter unmerged"
+            f"the adapter brings {len(lost)} biases (lora_bias) for modules that have none in this architecture, first "
+            f"{lost[0]}: a merged checkpoint would lose them; use base and adapter unmerged"
         )
     pair = {id(part.weight) for part in map(plain, (model.get_input_embeddings(), output_head(model))) if part}
     for names in places:
