@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from veneer.errors import VeneerError
     from veneer.formats.adapter_file import swap_adapter
     from veneer.formats.combine import combine
+    from veneer.formats.exchange import export_adapter, export_merged, import_adapter
     from veneer.formats.extract import extract
     from veneer.formats.merge_stream import merge_checkpoint
     from veneer.formats.merged import merge_into_float
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from veneer.formats.resize import diff, resize
     from veneer.interop.accelerate import accelerate, decelerate
     from veneer.interop.from_peft import from_peft
+    from veneer.plan.explain import explain
+    from veneer.plan.spectrum import analyse
     from veneer.training.loop import Trainer, train
     from veneer.training.tune import tune_weights
 
@@ -51,6 +54,9 @@ _WHERE = {
     "extract": "formats.extract",
     "merge_checkpoint": "formats.merge_stream",
     "combine": "formats.combine",
+    "export_adapter": "formats.exchange",
+    "export_merged": "formats.exchange",
+    "import_adapter": "formats.exchange",
     "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
@@ -59,6 +65,8 @@ _WHERE = {
     "accelerate": "interop.accelerate",
     "decelerate": "interop.accelerate",
     "from_peft": "interop.from_peft",
+    "explain": "plan.explain",
+    "analyse": "plan.spectrum",
     "Trainer": "training.loop",
     "train": "training.loop",
     "tune_weights": "training.tune",

@@ -313,7 +313,7 @@ class TrainConfig(Section):
     def from_dict(cls, values: dict[str, Any], overrides: dict[str, Any] | None = None) -> TrainConfig:
         values = dict(values)
         for key, value in (overrides or {}).items():
-            _put(values, key, value)
+            put(values, key, value)
         return cls(**values)
 
     def to_yaml(self) -> str:
@@ -339,7 +339,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+def put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a dotted key ("adapter.rank"), making the sections on the way. `ConfigError` where one is a plain value."""
     *parents, last = dotted.split(".")
     for parent in parents:
         child = values.get(parent)

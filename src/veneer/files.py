@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def write_text(path: str | Path, text: str) -> None:
         _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be none
+            temporary.unlink()
         raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from None
 
 

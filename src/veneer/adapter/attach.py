@@ -30,7 +30,7 @@ from veneer.adapter.layers import (
 from veneer.adapter.pretrained import claim
 from veneer.adapter.replay import watch_calls
 from veneer.adapter.scope import Plan, with_task_heads, with_token_ids
-from veneer.adapter.targets import Target, check_twins, embedding_twins, output_head, select
+from veneer.adapter.targets import Target, check_twins, embedding_twins, input_embedding, output_head, select
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError, ConfigError
 
@@ -65,7 +65,7 @@ def attach(
     adapted or is too small for the rank), `ConfigError` (an initialisation that does not fit) and `AdapterStateError`
     (name taken, or the model carries another library's adapter).
     """
-    plan, bank = _plan(model, config or AdapterConfig(), name, tokenizer), model.__dict__.get(BANK)
+    plan, bank = planned(model, config or AdapterConfig(), name, tokenizer), model.__dict__.get(BANK)
     with bank.disabled() if bank else nullcontext():
         starts = start(
             model, plan.targets, plan.config, seed=seed, calibration=calibration, float_weights=float_weights
@@ -77,11 +77,12 @@ def attach_blank(
     model: nn.Module, config: AdapterConfig, rows: Mapping[str, int], *, name: str = "default", tokenizer: Any = None
 ) -> Bank:
     """`attach` with factors of zeros for a checkpoint to fill; `rows` says by target how many rows its lora_A has."""
-    plan = _plan(model, config, name, tokenizer)
+    plan = planned(model, config, name, tokenizer)
     return _install_kept(plan, blank(plan.targets, plan.config, rows), name)
 
 
-def _plan(model: nn.Module, config: AdapterConfig, name: str, tokenizer: Any) -> Plan:
+def planned(model: nn.Module, config: AdapterConfig, name: str = "default", tokenizer: Any = None) -> Plan:
+    """What `attach` will change, with every check that it makes before it looks at the initialisation."""
     if config.adalora is not None:
         raise ConfigError(
             "adalora is the training loop's: use veneer.train, or attach without it and drive "
@@ -162,7 +163,7 @@ def merge(model: nn.Module) -> nn.Module:
         )
     bank.routing.stack, bank._originals = {}, {}  # whole modules and biases that are swapped in stay
     _unwrap(bank)
-    head, embedding = output_head(model), getattr(model, "get_input_embeddings", lambda: None)()
+    head, embedding = output_head(model), input_embedding(model)
     config = getattr(model, "config", None)
     if head is not None and embedding is not None and getattr(config, "tie_word_embeddings", False):
         if head.weight is not embedding.weight:

@@ -79,7 +79,7 @@ def load_base(
         if stored in quantisation.NEEDED_BY:
             quantisation.need_extra(quantisation.NEEDED_BY[stored], f"{name_or_path} is quantised with {stored}, which")
     options = source.options | {"trust_remote_code": trust_remote_code, "dtype": kind}
-    with quiet_transformers(), _one_line(str(name_or_path), "model"):
+    with quiet_transformers(), one_line(str(name_or_path), "model"):
         if quant == "hqq" or quant and "gguf_file" in options:  # transformers quantises neither while it loads
             model = quantisation.quantise(_read(source.where, options, str(name_or_path)), quant, kind, place)
         elif quant or stored:
@@ -261,7 +261,7 @@ def hub_reachable(seconds: float = HUB_SECONDS) -> bool:
 def _tokenizer(source: _Source, name: str, chat_template: str | Path | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    with quiet_transformers(), _one_line(name, "tokenizer"):
+    with quiet_transformers(), one_line(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.where, trust_remote_code=trust_remote_code, **source.options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -275,7 +275,7 @@ def _tokenizer(source: _Source, name: str, chat_template: str | Path | None, tru
     return tokenizer
 
 
-class _one_line:
+class one_line:
     """Turn whatever loading raises into one line that names the model and the likely cause."""
 
     def __init__(self, name: str, what: str) -> None:

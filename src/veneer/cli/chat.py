@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from veneer.cli.chat_adapters import HELP as ADAPTER_HELP
+from veneer.cli.chat_adapters import Adapters
 from veneer.cli.common import (
     Device,
     Dtype,
@@ -22,9 +24,12 @@ from veneer.cli.common import (
     err,
     open_adapter,
 )
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError, DataError, VeneerError
 
-HELP = "commands: /compare toggles the base beside the adapter · /system TEXT · /reset · /quit"
+HELP = (
+    "commands: /compare toggles the base beside the adapter · /system TEXT · /reset · /quit · /adapters · "
+    + " · ".join(list(ADAPTER_HELP)[1:])
+)
 
 
 def command(
@@ -33,6 +38,10 @@ def command(
         typer.Argument(
             help="A run or an adapter directory; leave out to chat with --model alone.", metavar="RUN_OR_ADAPTER"
         ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="PATH", help="A further adapter to switch to; may be repeated."),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer with base and adapter, one after the other.")
@@ -59,14 +68,21 @@ def command(
         opened = open_adapter(path, model, device=device, dtype=dtype, quant=quant, force=force)
         loaded, tokenizer = opened.model, opened.tokenizer
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    Chat(loaded, tokenizer, adapted=path is not None, compare=compare, system=system, options=options).run()
+    adapters = Adapters(loaded, tokenizer, force)
+    for more in adapter or []:
+        adapters.add(more)
+    adapted = path is not None or bool(adapter)
+    Chat(loaded, tokenizer, adapters, adapted=adapted, compare=compare, system=system, options=options).run()
 
 
 class Chat:
     """A conversation in the terminal. The adapter's answers make the history; the base's are shown beside them."""
 
-    def __init__(self, model, tokenizer, *, adapted: bool, compare: bool, system: str | None, options: dict) -> None:
+    def __init__(
+        self, model, tokenizer, adapters: Adapters, *, adapted: bool, compare: bool, system: str | None, options: dict
+    ) -> None:
         self.model, self.tokenizer, self.adapted, self.options = model, tokenizer, adapted, options
+        self.adapters = adapters
         self.compare, self.system, self.history = compare and adapted, system, []
 
     def run(self) -> None:
@@ -91,7 +107,12 @@ class Chat:
         elif line.startswith("/system"):
             self.system, self.history = line.removeprefix("/system").strip() or None, []
         elif line.startswith("/"):
-            err.print(HELP, style="dim")
+            try:
+                said = self.adapters.run(line)
+                self.adapted = self.adapted or (said is not None and line.startswith("/add"))
+                err.print(said or HELP, style="dim", markup=False, soft_wrap=True)
+            except VeneerError as error:
+                err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         else:
             self.history.append({"role": "user", "content": line})
             try:

@@ -101,3 +101,10 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from None
     return values
+
+
+def parse_targets(text: str | None) -> str | list[str] | None:
+    """--targets: names separated by commas, or one name; a preset or a regular expression stays as it is."""
+    if text and ("," in text or text.replace("_", "").isalnum() and text not in ("attention", "mlp")):
+        return [part.strip() for part in text.split(",")]
+    return text

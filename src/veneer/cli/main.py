@@ -10,7 +10,24 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from veneer.cli import bench, chat, combine, data, diff, evaluate, extract, generate, info, init, merge, resize, train
+from veneer.cli import (
+    bench,
+    chat,
+    combine,
+    data,
+    diff,
+    evaluate,
+    explain,
+    export,
+    extract,
+    generate,
+    import_,
+    info,
+    init,
+    merge,
+    resize,
+    train,
+)
 from veneer.errors import VeneerError
 from veneer.version import __version__
 
@@ -27,8 +44,11 @@ app.command("eval")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
+app.command("explain")(explain.command)
 app.command("merge")(merge.command)
 app.command("combine")(combine.command)
+app.command("export")(export.command)
+app.command("import")(import_.command)
 app.command("bench")(bench.command)
 app.command("extract")(extract.command)
 app.command("resize")(resize.command)

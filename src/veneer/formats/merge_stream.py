@@ -23,8 +23,8 @@ from veneer.base.load import load_base, pick_device, pick_dtype
 from veneer.errors import BaseModelError, ConfigError, RunError
 from veneer.formats.merge_plan import MergePlan, NotStreamable, plan_merge
 from veneer.formats.merge_write import PLAN, RoundingError, check_file, write_merge
-from veneer.formats.merged import PROMPTS, LogitError, logit_error, model_logits
 from veneer.formats.peft import load_adapter
+from veneer.formats.verify import PROMPTS, LogitError, logit_error, logits
 
 TOLERANCE = {"F32": 1e-4, "F64": 1e-4}
 """Largest logit error over the largest logit that passes, by the merged weights' dtype."""
@@ -142,12 +142,12 @@ def _verify(
         model, tokenizer = load_base(plan.checkpoint.folder, **options)
         load_adapter(model, adapter, force=force, trainable=False)
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        truth = model_logits(model, ids)
+        truth = logits(model, ids)
         with get_bank(model).disabled():
-            alone = model_logits(model, ids)
+            alone = logits(model, ids)
         del model
         model, _ = load_base(partial, **options)
-        error = logit_error(model_logits(model, ids), truth)
+        error = logit_error(logits(model, ids), truth)
         found = {"logits": error, "effect": logit_error(alone, truth)}
         limit = min(TOLERANCE.get(code, TOLERANCE_16) for code, _ in _changed_entries(plan))
         bad = error.max > limit * max(float(z.abs().max()) for z in truth) or error.max != error.max

@@ -23,6 +23,7 @@ from veneer.adapter.targets import (
     Target,
     base_parameters,
     candidates,
+    input_embedding,
     kind_of,
     output_head,
     plain_name,
@@ -64,7 +65,7 @@ def save_adapter(
         raise AdapterStateError(f"{path} exists and is no adapter directory: choose another place")
     base = base_record(model)
     fields, tensors = peft_config(bank, name, base["name_or_path"]), adapter_tensors(bank, name)
-    fields, tensors = without_lora(fields, tensors, _tied_head(model))
+    fields, tensors = without_lora(fields, tensors, tied_head(model))
     written = {"format": 1, "veneer": __version__, "base": base, "config": bank.entries[name].config.model_dump()}
     with new_directory(path) as folder:
         write_json(folder / CONFIG, fields, sort_keys=True)
@@ -155,7 +156,7 @@ def put_on(
         plan = Plan(model, config, targets, saved=True)
     except TargetError as error:
         raise AdapterFormatError(f"{source}: {error}") from None
-    tied = _tied_head(model)  # PEFT may write the rows of an embedding a second time under its name
+    tied = tied_head(model)  # PEFT may write the rows of an embedding a second time under its name
     rows = {path: value for path, value in rows.items() if path in plan.tokens or path != tied}
     rest = _without_base_copies(model, rest, config)
     _check_rest(model, rest, rows, plan, source)
@@ -243,9 +244,9 @@ def _without_tied_copies(model: nn.Module, pairs: dict[str, dict[str, Tensor]]) 
     return {path: pair for path, pair in pairs.items() if path != name}
 
 
-def _tied_head(model: nn.Module) -> str | None:
+def tied_head(model: nn.Module) -> str | None:
     """The name of the output head if its weight is the input embedding's."""
-    head, embedding = output_head(model), getattr(model, "get_input_embeddings", lambda: None)()
+    head, embedding = output_head(model), input_embedding(model)
     if head is None or embedding is None or plain(head).weight is not plain(embedding).weight:
         return None
     return next(plain_name(name) for name, module in model.named_modules() if module is head)
@@ -302,7 +303,7 @@ def _target(
 def _without_base_copies(model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
     """PEFT also writes the frozen weight of an embedding or head that it adapts: leave out what the base has anyway."""
     own = base_parameters(model)
-    heads = [m for m in (output_head(model), getattr(model, "get_input_embeddings", lambda: None)()) if m is not None]
+    heads = [m for m in (output_head(model), input_embedding(model)) if m is not None]
     frozen = {id(getattr(plain(m), "weight", None)) for m in heads}  # an image model's patches have none
 
     def is_copy(key: str, value: Tensor) -> bool:
