@@ -214,15 +214,18 @@ def test_dtype_is_converted_once(tmp_path):
 
 def test_stochastic_rounding_is_right_on_average():
     exact = torch.tensor([1.0, 1.001, -1.003, 3e-5, -7.77, 1e30, 0.0]).repeat(4000, 1)
-    found = stochastic_rounding(3, "w")(exact, 0).double()
+
+    def rounded(number):
+        return stochastic_rounding(3, "w")(exact, number, torch.empty_like(exact, dtype=torch.bfloat16)).double()
+
+    found = rounded(0)
     lower = exact.to(torch.bfloat16).double()
     step = 2**-7 * exact[0].double().abs()
     assert ((found - exact.double()).abs() <= step * 1.01).all()
     assert ((found.mean(0) - exact[0].double()).abs() <= 0.02 * step + 1e-45).all()
     assert (found[:, 0] == 1).all() and (found[:, 6] == 0).all() and found[:, 1].unique().numel() == 2
     assert not (lower.mean(0) - exact[0].double()).abs()[1:5].le(0.02 * step[1:5]).all()  # to nearest is not
-    assert torch.equal(stochastic_rounding(3, "w")(exact, 0).double(), found)
-    assert not torch.equal(stochastic_rounding(3, "w")(exact, 1).double(), found)
+    assert torch.equal(rounded(0), found) and not torch.equal(rounded(1), found)
 
 
 def test_stochastic_rounding_reports_both_errors(tmp_path):

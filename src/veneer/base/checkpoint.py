@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class TensorFile:
                 header = json.loads(file.read(size))
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self._file = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._file)
         except (SafetensorError, OSError, ValueError) as error:
             raise BaseModelError(f"{path} is damaged or cut short ({error}): download it again") from None
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -96,10 +98,6 @@ class TensorFile:
                 raw = torch.frombuffer(self._map, dtype=torch.uint8, count=count * dtype.itemsize, offset=entry.start)
                 return raw.clone().view(dtype).view(entry.shape)
             return torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
 
     def copy_to(self, file: Any, name: str) -> int:
         """Append a tensor's bytes to an open file, within the system where it can do that; return how many."""

@@ -32,8 +32,8 @@ from veneer.errors import AdapterStateError
 
 BLOCK = 1 << 18
 """Elements summed at once: 1 MB of float32, which stays in a core's own cache (4 times as much: 3 times as slow)."""
-Round = Callable[[Tensor, int], Tensor]
-"""(float32 block, its number) → the block in the dtype that is written."""
+Round = Callable[[Tensor, int, Tensor], Tensor]
+"""(float32 block, its number, where to put it in the dtype that is written) → the latter."""
 
 
 @dataclass
@@ -122,10 +122,20 @@ def spans(matrices: Tensor) -> list[tuple[int, int, int]]:
     return [(e, start, min(start + step, matrices.shape[1])) for e in range(len(matrices)) for start in starts]
 
 
-def changed_rows(matrices: Tensor, change: Change, span: tuple[int, int, int], norm: Tensor | None) -> Tensor:
-    """A block of the changed weight in float32 (or wider), (k, n); `norm` is that of `column_norm` where there is one."""
+def sum_dtype(weight: Tensor) -> torch.dtype:
+    """What sums with a weight are made in: at least float32."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def changed_rows(
+    matrices: Tensor, change: Change, span: tuple[int, int, int], norm: Tensor | None, memory: Tensor | None = None
+) -> Tensor:
+    """A block of the changed weight in float32 (or wider), (k, n); `norm` is that of `column_norm` where there is one.
+
+    `memory`, a flat tensor of that dtype and at least k·n elements, holds the result: the system need not find any anew.
+    """
     e, start, stop = span
-    total = _sum(matrices[e], change, e, start, stop)
+    total = _sum(matrices[e], change, e, start, stop, memory)
     if change.magnitude is not None:
         if norm is None:
             size = torch.linalg.vector_norm(total, dim=1, keepdim=True)
@@ -138,10 +148,12 @@ def changed_rows(matrices: Tensor, change: Change, span: tuple[int, int, int], n
     return total
 
 
-def _sum(matrix: Tensor, change: Change, e: int, start: int, stop: int) -> Tensor:
-    """Rows of W + L·R (+ a bias's own part) in float32, in memory of their own."""
-    total = torch.empty_like(matrix[start:stop], dtype=torch.promote_types(matrix.dtype, torch.float32))
-    total.copy_(matrix[start:stop])
+def _sum(matrix: Tensor, change: Change, e: int, start: int, stop: int, memory: Tensor | None = None) -> Tensor:
+    """Rows of W + L·R (+ a bias's own part) in float32."""
+    rows = matrix[start:stop]
+    if memory is None:
+        memory = torch.empty(rows.numel(), dtype=sum_dtype(matrix))
+    total = memory[: rows.numel()].view(rows.shape).copy_(rows)
     if change.left is not None:
         total.addmm_(change.left[e, start:stop].to(total.dtype), change.right[e].to(total.dtype))
     return total if change.added is None else total.add_(change.added)

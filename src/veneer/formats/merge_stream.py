@@ -94,11 +94,11 @@ def merge_checkpoint(
                 out.rmdir()
             os.replace(partial, out)
             (out / PLAN).unlink()
+            Path(lock.lock_file).unlink(missing_ok=True)
     except Timeout:
         raise RunError(f"another merge is writing {out}: wait for it or choose another place") from None
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror or error}; the same command goes on from here") from None
-    Path(lock.lock_file).unlink(missing_ok=True)
     rounding = rounding if seed is not None else None
     return CheckpointMerge(out, len(plan.entries), reused, len(plan.changes), plan.untied, rounding=rounding, **found)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,16 @@ from torch import Tensor
 
 from veneer.base.checkpoint import DTYPES, INDEX, TensorFile, header_of, write_tensors
 from veneer.files import write_text
-from veneer.formats.changes import Change, Round, as_matrices, changed_rows, column_norm, reference_row, spans
+from veneer.formats.changes import (
+    Change,
+    Round,
+    as_matrices,
+    changed_rows,
+    column_norm,
+    reference_row,
+    spans,
+    sum_dtype,
+)
 from veneer.formats.merge_plan import MergePlan
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
@@ -98,41 +108,53 @@ def pieces_of(plan: MergePlan, error: RoundingError) -> Callable[[str], Iterable
         if change is None and codes[key] == file.entries[source].dtype:
             return [lambda out: file.copy_to(out, source)]
         measured = error if plan.seed is not None and change is not None else None
-        return _sums(file, source, change or Change(), _rounding(plan, key, DTYPES[codes[key]]), measured)
+        return _sums(file, source, change or Change(), DTYPES[codes[key]], _rounding(plan, key), measured)
 
     return pieces
 
 
-def _rounding(plan: MergePlan, key: str, dtype: torch.dtype) -> Round:
+def _rounding(plan: MergePlan, key: str) -> Round:
     if plan.seed is not None and key in plan.changes:
         return stochastic_rounding(plan.seed, key)
-    return lambda total, number: total.to(dtype)
+    return lambda total, number, out: out.copy_(total)
 
 
 def _sums(
-    file: TensorFile, source: str, change: Change, rounded: Round, error: RoundingError | None
+    file: TensorFile, source: str, change: Change, dtype: torch.dtype, rounded: Round, error: RoundingError | None
 ) -> Iterator[memoryview]:
-    """The blocks of a changed tensor in order; a few threads work on the next ones while one is being written."""
+    """The blocks of a changed tensor in order; a few threads work on the next ones while one is being written.
+
+    Memory is used again and again: pages that the system clears anew for each block cost more than the sums.
+    """
     stored = file.tensor(source)
     matrices = as_matrices(stored if change.whole is None else change.whole)
     blocks, norms = spans(matrices), {}
     row = stored.element_size() * matrices.shape[2]
     begin = file.entries[source].start
+    largest = max((stop - start) * matrices.shape[2] for _, start, stop in blocks) if blocks else 0
+    mine, free = threading.local(), deque()
 
-    def work(number: int) -> tuple[Tensor, RoundingError | None]:
+    def work(number: int) -> tuple[Tensor, Tensor, RoundingError | None]:
+        if not hasattr(mine, "memory"):
+            mine.memory = torch.empty(largest, dtype=sum_dtype(matrices))
         e, start, stop = blocks[number]
-        total = changed_rows(matrices, change, blocks[number], norms.get(e))
-        block = rounded(total, number)
+        total = changed_rows(matrices, change, blocks[number], norms.get(e), mine.memory)
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = torch.empty(largest, dtype=dtype)
+        block = rounded(total, number, memory[: total.numel()].view(total.shape))
         at = begin + (e * matrices.shape[1] + start) * row
         file.release(at, at + (stop - start) * row)
-        return block, RoundingError.of(total, block) if error is not None else None
+        return memory, block, RoundingError.of(total, block) if error is not None else None
 
     for e in range(len(matrices)):
         norms[e] = column_norm(matrices, change, e)
-    for block, mine in in_order(work, len(blocks)):
-        if mine is not None:
-            error.add(mine)
-        yield memoryview(block.contiguous().view(torch.uint8).numpy()).cast("B")
+    for memory, block, own in in_order(work, len(blocks)):
+        if own is not None:
+            error.add(own)
+        yield memoryview(block.view(torch.uint8).numpy()).cast("B")
+        free.append(memory)
 
 
 def in_order(work: Callable[[int], Any], count: int) -> Iterator[Any]:
@@ -156,12 +178,12 @@ def stochastic_rounding(seed: int, key: str) -> Round:
     the probability of its distance to the lower neighbour. Each block of each tensor has its own random numbers.
     """
 
-    def rounded(total: Tensor, number: int) -> Tensor:
+    def rounded(total: Tensor, number: int, out: Tensor) -> Tensor:
         name = f"{seed}/{key}/{number}".encode()
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1)
         noise = torch.randint(0, 1 << 16, total.shape, dtype=torch.int32, generator=generator)
         bits = total.contiguous().view(torch.int32).add(noise).bitwise_and_(-1 << 16)
-        return bits.view(torch.float32).to(torch.bfloat16)
+        return out.copy_(bits.view(torch.float32))
 
     return rounded
 
