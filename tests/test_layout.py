@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "version": set(),
     "files": {"errors"},
     "combinations": set(),
-    "config": {"errors", "combinations"},
+    "sections": {"errors"},
+    "config": {"errors", "sections", "combinations"},
     "kernels": {"errors"},
     "adapter": COMMON | {"kernels"},
     "base": COMMON | {"kernels", "adapter"},
@@ -28,8 +29,9 @@ MAY_IMPORT = {
     "interop": COMMON | {"kernels", "adapter", "base", "formats"},
     "data": COMMON | {"base"},
     "training": COMMON | {"kernels", "adapter", "base", "formats", "data"},
-    "report": COMMON | {"formats", "data", "training"},
-    "cli": COMMON | {"adapter", "base", "formats", "data", "training", "report"},
+    "plan": COMMON | {"adapter", "base", "formats"},
+    "report": COMMON | {"adapter", "formats", "data", "training", "plan"},
+    "cli": COMMON | {"adapter", "base", "formats", "data", "training", "plan", "report"},
     "__main__": {"cli"},
 }
 """What each part of the package may import besides itself. `veneer/__init__.py` offers names of all of them."""
@@ -90,7 +92,9 @@ def test_every_module_imports_alone():
     assert len(names) > 40
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["explain", "--help"]], ids=" ".join
+)
 def test_help_does_not_wait_for_torch(arguments):
     code = (
         "import sys\nfrom veneer.cli.main import main\n"

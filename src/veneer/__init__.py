@@ -12,23 +12,32 @@ from veneer.version import __version__
 
 if TYPE_CHECKING:
     from veneer.adapter.attach import attach, detach, get_bank, merge
+    from veneer.adapter.slot import reserve
     from veneer.base.generate import generate, stream
     from veneer.base.load import load_base
     from veneer.config import AdapterConfig, DataConfig, OptimConfig, TrainConfig
     from veneer.data.load import read_examples
     from veneer.data.prepare import prepare
     from veneer.errors import VeneerError
+    from veneer.formats.adapter_file import swap_adapter
+    from veneer.formats.combine import combine
     from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
+    from veneer.formats.reduced import reduce_adapter
     from veneer.interop.accelerate import accelerate, decelerate
     from veneer.interop.from_peft import from_peft
+    from veneer.plan.explain import explain
+    from veneer.plan.spectrum import analyse
     from veneer.training.loop import Trainer, train
+    from veneer.training.tune import tune_weights
 
 _WHERE = {
     "attach": "adapter.attach",
     "detach": "adapter.attach",
     "get_bank": "adapter.attach",
     "merge": "adapter.attach",
+    "reserve": "adapter.slot",
+    "swap_adapter": "formats.adapter_file",
     "generate": "base.generate",
     "stream": "base.generate",
     "load_base": "base.load",
@@ -39,14 +48,19 @@ _WHERE = {
     "read_examples": "data.load",
     "prepare": "data.prepare",
     "VeneerError": "errors",
+    "combine": "formats.combine",
     "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
+    "reduce_adapter": "formats.reduced",
     "accelerate": "interop.accelerate",
     "decelerate": "interop.accelerate",
     "from_peft": "interop.from_peft",
+    "explain": "plan.explain",
+    "analyse": "plan.spectrum",
     "Trainer": "training.loop",
     "train": "training.loop",
+    "tune_weights": "training.tune",
 }
 __all__ = ["__version__", *_WHERE]
 

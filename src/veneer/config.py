@@ -6,47 +6,17 @@ key, a wrong type or a value out of range is a `ConfigError` of one line that na
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from veneer import combinations
 from veneer.errors import ConfigError
+from veneer.sections import Section
 
 Quant = Literal["none", "nf4", "fp4", "int8", "int8-torchao", "int4-torchao", "hqq"]
-
-
-class Section(BaseModel):
-    """Base of the configuration classes: unknown keys are errors, and errors are `ConfigError`."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_sections(cls, values: Any) -> Any:
-        """A section whose keys are all commented out reads as null: it has its defaults."""
-        if not isinstance(values, dict):
-            return values
-        empty = {k for k, v in values.items() if v is None and k in cls.model_fields}
-        empty = {
-            k for k in empty if isinstance(kind := cls.model_fields[k].annotation, type) and issubclass(kind, Section)
-        }
-        return {k: v for k, v in values.items() if k not in empty or cls.model_fields[k].is_required()}
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        try:
-            super().__setattr__(name, value)
-        except ValidationError as error:
-            raise ConfigError(explain(error, type(self))) from None
 
 
 class InitOptions(Section):
@@ -147,7 +117,8 @@ class AdapterConfig(Section):
     """Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397): the adapter acts only from the last occurrence of this
     text (or these token ids) on, so that what comes before may be shared with the base's cache."""
     init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga", "loftq"] = "kaiming"
-    """How A and B start (docs/variants.md says when to use which). All but loftq start at the base's own output."""
+    """How A and B start: kaiming, gaussian, orthogonal, pissa, olora, eva, corda, lora_ga or, on a quantised base, loftq
+    (docs/variants.md says when to use which). All but loftq start at the base's own output."""
     init_options: InitOptions = Field(default_factory=InitOptions)
     """Settings of the initialisation."""
     dtype: Literal["float32", "base"] = "float32"
@@ -342,7 +313,7 @@ class TrainConfig(Section):
     def from_dict(cls, values: dict[str, Any], overrides: dict[str, Any] | None = None) -> TrainConfig:
         values = dict(values)
         for key, value in (overrides or {}).items():
-            _put(values, key, value)
+            put(values, key, value)
         return cls(**values)
 
     def to_yaml(self) -> str:
@@ -368,7 +339,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+def put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a dotted key ("adapter.rank"), making the sections on the way. `ConfigError` where one is a plain value."""
     *parents, last = dotted.split(".")
     for parent in parents:
         child = values.get(parent)
@@ -379,32 +351,3 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
         values[parent] = dict(child or {})
         values = values[parent]
     values[last] = value
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line for the first problem of a pydantic error, with the nearest known key for an unknown one."""
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    nested = first.get("ctx", {}).get("error")
-    if isinstance(nested, ConfigError):  # a section inside this one has explained itself: add where it stands
-        return str(nested).replace("configuration key '", "configuration key '" + "".join(f"{p}." for p in path), 1)
-    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(model, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown configuration key {'.'.join(path)!r}; {hint}{more}"
-    if first["type"] == "missing":
-        return f"configuration key {'.'.join(path)!r} is required{more}"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    path = [part for part in path if part not in ("str", "list[str]")]
-    return f"configuration key {'.'.join(path)!r}: {message}, not {first['input']!r}{more}"
-
-
-def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return list(model.model_fields)
-        model = annotation
-    return list(model.model_fields)

@@ -1,15 +1,30 @@
-"""Writing files so that a crash or a full disk never leaves a half-written one in place."""
+"""Reading an adapter's JSON, and writing files so that a crash or a full disk never leaves a half-written one in place."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from veneer.errors import RunError
+from veneer.errors import AdapterFormatError, RunError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in one of an adapter's files; `AdapterFormatError` if it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterFormatError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise AdapterFormatError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise AdapterFormatError(f"{path} is damaged: not an object")
+    return values
 
 
 def _sync(path: Path) -> None:
@@ -30,7 +45,8 @@ def write_text(path: str | Path, text: str) -> None:
         _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be none
+            temporary.unlink()
         raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from None
 
 

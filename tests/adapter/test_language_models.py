@@ -318,3 +318,88 @@ def test_a_deep_copy_is_a_model_of_its_own():
     assert torch.equal(logits(model), alone)
     with pytest.raises(AdapterStateError, match="copy the model"):
         copy.deepcopy(bank)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["model.encoder.embed_tokens"], "tied_head": "both"},
+        {"target_modules": ["fc1"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["head", "both", "saved"],
+)
+def test_a_merged_model_whose_head_was_tied_to_three_embeddings_is_written_whole(options, tmp_path):
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=60, d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=20, decoder_ffn_dim=20, max_position_embeddings=40,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    randomise(veneer.attach(model, veneer.AdapterConfig(rank=3, **options)))
+    with torch.no_grad():
+        adapted = model(input_ids=IDS, decoder_input_ids=IDS).logits
+        veneer.merge(model).save_pretrained(tmp_path)
+        again = BartForConditionalGeneration.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(again(input_ids=IDS, decoder_input_ids=IDS).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_biases_that_the_architecture_has_no_place_for_warns():
+    model = tiny_llama()
+    randomise(veneer.attach(model, veneer.AdapterConfig(rank=2, lora_bias=True, target_modules=["q_proj", "v_proj"])))
+    adapted = logits(model)
+    with pytest.warns(UserWarning, match="4 merged layers, first model.layers.0.self_attn.q_proj, have a bias now"):
+        veneer.merge(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("body", [False, True], ids=["model", "body"])
+def test_calls_with_other_invocations_keep_their_own_places_under_gradient_checkpointing(body):
+    """Both calls come before the one backward pass, in which every block runs again."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        bank = veneer.attach(model, veneer.AdapterConfig(rank=3, invocation=[7, 8]), seed=0)
+        randomise(bank)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        first, second = IDS[:1], torch.tensor([[8, 13, 21, 5, 34, 7, 8]])
+        called = model.base_model if body else model
+        outs = [called(input_ids=ids)[0] for ids in (first, second)]
+        sum(out.square().sum() for out in outs).backward()
+        gradients.append([p.grad for p in bank.parameters("default").values()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}], ids=["lora", "dora"])
+def test_gradient_checkpointing_replays_the_adapters_that_acted(options):
+    """One backward pass over calls with one adapter, another, and a row each; then the present adapter acts again."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_llama()
+        for seed, name in enumerate("ab"):
+            bank = veneer.attach(model, veneer.AdapterConfig(rank=3, **options), name=name, seed=seed)
+            randomise(bank, name, spread=0.1)
+        trained = [p for name in "ab" for p in bank.parameters(name).values()]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        bank.activate("a")
+        loss = logits(model).square().sum()
+        bank.activate({"a": 0.5, "b": 1.0})
+        loss = loss + logits(model).square().sum()
+        with bank.route(["b", "a"]):
+            loss = loss + logits(model).square().sum()
+        bank.activate("b")
+        loss.backward()
+        assert bank.active == {"b": 1.0} and bank.routing.rows is None
+        gradients.append([p.grad for p in trained])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)

@@ -308,3 +308,23 @@ def test_scaling_follows_rslora_and_patterns():
     bank = veneer.attach(model, config)
     assert bank.layers["0"].scaling["default"] == pytest.approx(3 / 2)
     assert bank.layers["1"].scaling["default"] == pytest.approx(6 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"lora_bias": True}], ids=["lora", "dora", "lora_bias"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_factors_over_a_bfloat16_base(kind, options):
+    """The output keeps the base's dtype, stays near the float32 one, and every factor gets its gradient."""
+    if kind == "attention" or kind == "embedding" and "lora_bias" in options:
+        pytest.skip("an attention holds an adapted layer inside; lora_bias is not defined for embeddings")
+    model, bank, x = make(kind, **options)
+    wanted = model(*x)
+    model.m.base_layer.bfloat16()
+    low = model(*(part.bfloat16() if part.is_floating_point() else part for part in x))
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), wanted, rtol=0.03, atol=0.03 * float(wanted.detach().abs().max()))
+    low.float().square().sum().backward()
+    assert all(
+        p.grad is not None and p.dtype == p.grad.dtype == torch.float32 for p in bank.parameters("default").values()
+    )
+    bank.merge()
+    assert model(*(part.bfloat16() if part.is_floating_point() else part for part in x)).dtype == torch.bfloat16

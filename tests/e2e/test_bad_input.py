@@ -165,6 +165,22 @@ def test_models_that_are_none(train, model_dir, tmp_path):
     train(model="smollm2-135m-instrukt", words="smollm2-135m-instruct")
 
 
+@pytest.mark.parametrize(
+    "kind", ["LlamaForSequenceClassification", "BertForSequenceClassification", "T5ForConditionalGeneration"]
+)
+def test_models_of_another_task(train, refused, kind, tokenizer, tmp_path):
+    """A tied Llama classifier holds all the weights of a language model: it was trained as one before."""
+    import transformers
+
+    made = getattr(transformers, kind)
+    sizes = {"vocab_size": 420, "num_hidden_layers": 1, "num_attention_heads": 4, "tie_word_embeddings": True}
+    sizes |= {"d_model": 24, "d_kv": 6, "d_ff": 8} if "T5" in kind else {"hidden_size": 24, "intermediate_size": 8}
+    made(made.config_class(**sizes)).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    train(model=tmp_path / "other", words=[kind, "veneer.attach"])
+    refused("chat", "--model", tmp_path / "other", words=kind)
+
+
 def test_damaged_model(train, model_dir, tmp_path):
     broken = shutil.copytree(model_dir, tmp_path / "broken")
     weights = broken / "model.safetensors"

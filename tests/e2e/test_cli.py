@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from veneer import __version__
+from veneer.base.load import load_base
 from veneer.cli.init import TASKS
 from veneer.config import AdapterConfig, DataConfig, OptimConfig, TrainConfig
 
@@ -262,3 +263,39 @@ def test_heldout_fraction(cli, flags, tmp_path):
     assert scored.code == 0, scored.err
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["n"] == 3
     assert records(tmp_path / "run", "eval")
+
+
+def test_merge_brings_new_tokens_along_and_refuses_biases_without_a_place(cli, model_dir, chat_file, tmp_path):
+    flags = [
+        "--model",
+        model_dir,
+        "--data",
+        chat_file,
+        "--rank",
+        2,
+        "--max-steps",
+        2,
+        "--batch-size",
+        4,
+        "--lr",
+        "2e-2",
+    ]
+    assert cli("train", *flags, "--out", tmp_path / "new", "--new-tokens", "<tool>").code == 0
+    done = cli("merge", model_dir, tmp_path / "new", "--out", tmp_path / "merged")
+    assert done.code == 0 and "same top token 100.0%" in done.out, done.err
+    model, tokenizer = load_base(tmp_path / "merged")
+    assert tokenizer.tokenize("a <tool>")[-1] == "<tool>"
+    assert model.get_input_embeddings().weight.shape[0] == max(420, len(tokenizer))
+    assert cli("train", *flags, "--out", tmp_path / "bias", "--lora-bias").code == 0
+    done = cli("merge", model_dir, tmp_path / "bias", "--out", tmp_path / "biased")
+    assert done.code == 2 and "would lose them" in done.err
+    assert not (tmp_path / "biased").exists()
+
+
+def test_reduce_writes_a_smaller_adapter_and_shows_the_error(cli, trained, tmp_path):
+    done = cli("reduce", trained, "--rank", 2, "--out", tmp_path / "small")
+    assert done.code == 0 and "of all updates" in done.out and "worst" in done.out, done.err
+    assert json.loads(cli("info", tmp_path / "small", "--json").out)["ranks"] == [2]
+    assert cli("generate", tmp_path / "small", "--prompt", "hi", "--max-new-tokens", 2).code == 0
+    done = cli("reduce", trained, "--rank", 2, "--out", tmp_path / "small")
+    assert done.code == 2 and done.err.count("error:") == 1 and "exists" in done.err

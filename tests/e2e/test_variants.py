@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import get_args
 
@@ -84,8 +85,11 @@ def test_variant(name, no_page, cli, model_dir, moe_dir, tokenizer, chat_file, t
     ):
         used = cli(*arguments)
         assert used.code == 0, (arguments, used.err)
-    if name != "tokens_alone":  # PEFT loads no LoRA adapter without a target module
-        assert_same_in_peft(base, run / "adapter", marker)
+    if name == "experts":
+        printed = cli("info", run).out
+        assert re.search(r"^rank +4 *$", printed, re.M) and re.search(r"^scaling +8 *$", printed, re.M), printed
+        assert "down_proj × 1" in printed
+    assert_same_in_peft(base, run / "adapter", marker)
 
 
 def assert_resumes(cli, run):

@@ -48,6 +48,7 @@ CASES = {
     "saved-norm": ({}, {"modules_to_save": ["model.norm"]}, {"modules_to_save": ["model.norm"]}),
     "saved-norms": ({}, {"modules_to_save": ["norm"]}, {"modules_to_save": ["norm"]}),  # to PEFT: all that end so
     "gaussian": ({}, {"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
+    "lora_bias-gaussian": ({}, {"lora_bias": True, "init": "gaussian"}, {"lora_bias": True}),  # PEFT: not with gaussian
     "dropout": ({}, {"dropout": 0.3}, {"lora_dropout": 0.3}),
 }
 
@@ -92,6 +93,7 @@ def test_what_veneer_saves_peft_loads(case, tmp_path):
         name, leaf = f"base_model.model.{key}", key.rpartition(".")[2]
         candidates = (f"{name}.default.weight", name, name.replace(".bias", ".base_layer.bias"))
         candidates += (f"{name.rpartition('.')[0]}.modules_to_save.default.{leaf}",)
+        candidates += (name.replace(".lora_bias", ".lora_B.default.bias"),)
         grad = next(grads.pop(c) for c in candidates if c in grads)
         torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-4 * float(p.grad.abs().max()))
     assert not grads

@@ -71,7 +71,14 @@ def test_packed_training_on_the_gpu_matches_the_cpu():
 
 def test_train_and_resume_on_the_gpu(model_dir, chat_file, tmp_path):
     def config(out, **train):
-        options = {"batch_size": 4, "epochs": 2, "save_every": 2, "lr": 5e-3, "checkpointing": True} | train
+        options = {
+            "batch_size": 4,
+            "epochs": 2,
+            "save_every": 2,
+            "lr": 5e-3,
+            "checkpointing": True,
+            "compile": "off",
+        } | train
         return veneer.TrainConfig(
             model=str(model_dir), data=str(chat_file), out=str(tmp_path / out), adapter={"rank": 4}, train=options,
             device="cuda", dtype="bfloat16",

@@ -33,6 +33,10 @@ def test_starts_on_the_gpu_are_the_cpus(init):
             k = min(3, len(here.lora_A), len(there.lora_A))  # equal components: B is 0, and signs are free
             assert abs(len(here.lora_A) - len(there.lora_A)) <= 1 and not there.lora_B.any()
             pair = [one.lora_A[:k].t() @ one.lora_A[:k] for one in (here, there)]
+        elif init == "lora_ga":  # B and A hold other components of one gradient, whose signs are free and do not cancel
+            pair = [one.lora_A.t() @ one.lora_A for one in (here, there)]
+            lefts = [one.lora_B @ one.lora_B.t() for one in (here, there)]
+            assert (lefts[0] - lefts[1]).norm() <= 2e-2 * lefts[0].norm()
         else:
             pair = [one.lora_B @ one.lora_A for one in (here, there)]
             assert torch.allclose(here.lora_A.norm(dim=1), there.lora_A.norm(dim=1), rtol=2e-2)

@@ -52,6 +52,21 @@ def test_rslora_and_alpha_pattern(tmp_path):
     assert "rsLoRA" in printed(info)
 
 
+def test_fused_experts_have_the_rank_of_the_config_and_the_name_of_their_parameter(tmp_path):
+    experts = {
+        f"{PREFIX}.0.mlp.experts{depth}.lora_{factor}.weight": torch.zeros(3 * rank, 8)
+        if factor == "A"
+        else torch.zeros(8, 3 * rank)
+        for depth, rank in (("", 4), (".base_layer", 5))
+        for factor in "AB"
+    }
+    names = [f"model.layers.0.mlp.experts.{leaf}" for leaf in ("gate_up_proj", "down_proj")]
+    ranks = {"down_proj": 2, "experts.gate_up_proj": 5}
+    info = describe(make_adapter(tmp_path, extra=experts, target_parameters=names, rank_pattern=ranks))
+    assert info.ranks == [2, 4, 5] and info.modules == 6
+    assert info.targets == {"q_proj": 2, "down_proj": 3, "gate_up_proj": 1}
+
+
 def test_peft_adapter_without_veneer_json(tmp_path):
     head = {"base_model.model.lm_head.weight": torch.zeros(5, 8)}
     make_adapter(tmp_path, extra=head, modules_to_save=["lm_head"], base_model_name_or_path="org/base")

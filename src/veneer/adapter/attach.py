@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter.bank import Bank, Entry
+from veneer.adapter.bank import NAME, Bank, Entry
 from veneer.adapter.init import Start, blank, start
 from veneer.adapter.invocation import watch_invocation
 from veneer.adapter.layers import (
@@ -28,8 +28,9 @@ from veneer.adapter.layers import (
     plain,
 )
 from veneer.adapter.pretrained import claim
+from veneer.adapter.replay import watch_calls
 from veneer.adapter.scope import Plan, with_task_heads, with_token_ids
-from veneer.adapter.targets import Target, check_twins, embedding_twins, output_head, select
+from veneer.adapter.targets import Target, check_twins, embedding_twins, input_embedding, output_head, select
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError, ConfigError
 
@@ -64,7 +65,7 @@ def attach(
     adapted or is too small for the rank), `ConfigError` (an initialisation that does not fit) and `AdapterStateError`
     (name taken, or the model carries another library's adapter).
     """
-    plan, bank = _plan(model, config or AdapterConfig(), name, tokenizer), model.__dict__.get(BANK)
+    plan, bank = planned(model, config or AdapterConfig(), name, tokenizer), model.__dict__.get(BANK)
     with bank.disabled() if bank else nullcontext():
         starts = start(
             model, plan.targets, plan.config, seed=seed, calibration=calibration, float_weights=float_weights
@@ -76,11 +77,12 @@ def attach_blank(
     model: nn.Module, config: AdapterConfig, rows: Mapping[str, int], *, name: str = "default", tokenizer: Any = None
 ) -> Bank:
     """`attach` with factors of zeros for a checkpoint to fill; `rows` says by target how many rows its lora_A has."""
-    plan = _plan(model, config, name, tokenizer)
+    plan = planned(model, config, name, tokenizer)
     return _install_kept(plan, blank(plan.targets, plan.config, rows), name)
 
 
-def _plan(model: nn.Module, config: AdapterConfig, name: str, tokenizer: Any) -> Plan:
+def planned(model: nn.Module, config: AdapterConfig, name: str = "default", tokenizer: Any = None) -> Plan:
+    """What `attach` will change, with every check that it makes before it looks at the initialisation."""
     if config.adalora is not None:
         raise ConfigError(
             "adalora is the training loop's: use veneer.train, or attach without it and drive "
@@ -151,10 +153,17 @@ def merge(model: nn.Module) -> nn.Module:
     more (only one of the two was adapted) is untied in the model's config too.
     """
     bank = get_bank(model)
+    gained = biases_gained(bank)
     bank.merge()
+    if gained and hasattr(model, "save_pretrained"):
+        warnings.warn(
+            f"{len(gained)} merged layers, first {gained[0]}, have a bias now (lora_bias), which {type(model).__name__} "
+            f"does not have there: the model is right in memory, but from_pretrained drops those biases",
+            stacklevel=2,
+        )
     bank.routing.stack, bank._originals = {}, {}  # whole modules and biases that are swapped in stay
     _unwrap(bank)
-    head, embedding = output_head(model), getattr(model, "get_input_embeddings", lambda: None)()
+    head, embedding = output_head(model), input_embedding(model)
     config = getattr(model, "config", None)
     if head is not None and embedding is not None and getattr(config, "tie_word_embeddings", False):
         if head.weight is not embedding.weight:
@@ -163,7 +172,14 @@ def merge(model: nn.Module) -> nn.Module:
             else:
                 for part in (config, config.get_text_config()):
                     part.tie_word_embeddings = False
+                for twin in embedding_twins(model, embedding):  # an untied model's checkpoint has each on its own
+                    twin.weight = nn.Parameter(twin.weight.detach().clone(), twin.weight.requires_grad)
     return model
+
+
+def biases_gained(bank: Bank) -> list[str]:
+    """The layers without a bias to which merging the active adapters would give one."""
+    return [p for p, layer in bank.layers.items() if layer.lora_bias.keys() & bank.active.keys() and layer.bias is None]
 
 
 def _unwrap(bank: Bank) -> None:
@@ -178,7 +194,7 @@ def _unwrap(bank: Bank) -> None:
 
 def check_free(model: nn.Module, name: str) -> None:
     """Raise `AdapterStateError` unless the model can take a further adapter of this name."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+    if not NAME.fullmatch(name):
         raise AdapterStateError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
     bank = model.__dict__.get(BANK)
     if bank is not None and name in bank.entries:
@@ -198,6 +214,7 @@ def _new_bank(model: nn.Module) -> Bank:
     model.requires_grad_(False)
     model.__dict__[BANK] = bank  # not a submodule: it must not show in state_dict() or named_modules()
     claim(bank)
+    bank.undo += watch_calls(model, bank.routing)
     return bank
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from veneer.adapter.layers import AdaptedModule, Routing, TrainedTokens, plain
 from veneer.adapter.report import AttachReport, count
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError
+
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""What an adapter may be called: names stand in parameters' names and in files."""
 
 
 @dataclass
@@ -46,6 +50,8 @@ class Bank:
         """Embedding name → its trained rows."""
         self.wrappers: list[AdaptedModule] = []
         """What stands in the model in place of a module of the base."""
+        self.slots: dict[str, Any] = {}
+        """Adapters whose factors can be exchanged in place, by name; see `veneer.adapter.slot`."""
         self.frozen: dict[str, bool] = {}
         self.fingerprint: dict | None = None
         self.undo: list[Callable[[], None]] = []
@@ -183,6 +189,23 @@ class Bank:
         for undo in self.entries.pop(name).undo:
             undo()
         self.routing.tokens.pop(name, None)
+        self.slots.pop(name, None)
+
+    def rename(self, name: str, new: str) -> None:
+        """Give an adapter another name; it stays active if it was. Raises `AdapterStateError` (taken, or no name)."""
+        entry = self.check(name)
+        if new in self.entries or not NAME.fullmatch(new):
+            raise AdapterStateError(
+                f"adapter name {new!r} is taken or has other signs than letters, digits, '_' and '-'"
+            )
+        if entry.config.invocation:
+            raise AdapterStateError(f"adapter {name!r} is watched under its name (aLoRA): load it under the new one")
+        for layer in self.wrappers:
+            layer.rename(name, new)
+        for table in (self.entries, self.slots, self.routing.stack, self.merged or {}):
+            if name in table:
+                renamed = {new if key == name else key: value for key, value in table.items()}  # in the same order
+                table.clear(), table.update(renamed)
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's trained parameters under stable names: <module>.lora_A, <module>.lora_B, <module>.<own name>.

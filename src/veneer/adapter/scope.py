@@ -9,7 +9,7 @@ from torch import nn
 from veneer.adapter.frozen import is_quantised
 from veneer.adapter.layers import plain
 from veneer.adapter.layers.embedding import adaptable
-from veneer.adapter.targets import Target, near_misses, output_head, plain_name
+from veneer.adapter.targets import Target, input_embedding, near_misses, output_head, plain_name
 from veneer.adapter.task import task_heads
 from veneer.adapter.vocabulary import add_tokens, rows_to_train
 from veneer.config import AdapterConfig
@@ -88,7 +88,8 @@ def trained_tokens(
     modules = {plain_name(path): plain(m) for path, m in model.named_modules() if ".lora_" not in path}
     modules = {path: m for path, m in modules.items() if isinstance(m, nn.Embedding) or head and m is plain(head)}
     if not isinstance(wanted, dict):
-        embedding = plain(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
+        embedding = input_embedding(model)
+        embedding = embedding if embedding is None else plain(embedding)
         names = [path for path, m in modules.items() if m is embedding]
         if not names:
             raise TargetError("the model does not say which its input embedding is: name it, {module: [ids]}")

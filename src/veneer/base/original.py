@@ -18,7 +18,7 @@ def float_weights(model: Any) -> Callable[[str], Any]:
     """
     info = getattr(model, "veneer_base", None)
     source = info.source if info else model.config._name_or_path
-    files = _files(source, info.revision if info else None)
+    files = checkpoint_files(source, info.revision if info else None)
     prefix = getattr(model, "base_model_prefix", "") + "."
 
     def read(name: str) -> Any:
@@ -37,8 +37,8 @@ def float_weights(model: Any) -> Callable[[str], Any]:
     return read
 
 
-def _files(source: str, revision: str | None) -> dict[str, str]:
-    """Tensor name → file that holds it."""
+def checkpoint_files(source: str, revision: str | None = None) -> dict[str, str]:
+    """Tensor name → file that holds it, of a directory or what the hub's cache has. Raises `BaseModelError`."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 

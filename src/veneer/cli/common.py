@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 
 from veneer.errors import AdapterFormatError, ConfigError, RunError
+from veneer.files import read_object
 
 err = Console(stderr=True, highlight=False)
 
@@ -80,15 +80,7 @@ def open_adapter(
 def base_of(adapter: Path) -> str:
     """The base that an adapter's files name."""
     for file, key in (("veneer.json", "base"), ("adapter_config.json", "base_model_name_or_path")):
-        try:
-            values = json.loads((adapter / file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise AdapterFormatError(f"{adapter / file} is damaged: {error}") from None
-        if not isinstance(values, dict):
-            raise AdapterFormatError(f"{adapter / file} is damaged: not an object")
-        value = values.get(key)
+        value = read_object(adapter / file).get(key) if (adapter / file).exists() else None
         value = value.get("name_or_path") if isinstance(value, dict) else value
         if value:
             return value
@@ -109,3 +101,10 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise ConfigError(f"--set {key}: {value!r} is not a YAML value") from None
     return values
+
+
+def parse_targets(text: str | None) -> str | list[str] | None:
+    """--targets: names separated by commas, or one name; a preset or a regular expression stays as it is."""
+    if text and ("," in text or text.replace("_", "").isalnum() and text not in ("attention", "mlp")):
+        return [part.strip() for part in text.split(",")]
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from veneer.cli import chat, data, evaluate, generate, info, init, merge, train
+from veneer.cli import bench, chat, combine, data, evaluate, explain, generate, info, init, merge, reduce, train
 from veneer.errors import VeneerError
 from veneer.version import __version__
 
@@ -26,7 +27,11 @@ app.command("eval")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
+app.command("explain")(explain.command)
 app.command("merge")(merge.command)
+app.command("combine")(combine.command)
+app.command("bench")(bench.command)
+app.command("reduce")(reduce.command)
 app.command("init")(init.command)
 app.command("info")(info.command)
 
@@ -52,6 +57,8 @@ def root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A user's mistake is one line and exit code 2; Ctrl-C is 130."""
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, whose wheels warn of each other
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(args=arguments, standalone_mode=False)
     except VeneerError as error:

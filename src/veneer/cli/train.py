@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from veneer.cli.common import QUANT_HELP, err, parse_settings
+from veneer.cli.common import QUANT_HELP, err, parse_settings, parse_targets
 from veneer.errors import ConfigError, RunError
 
 FLAGS = {
@@ -46,6 +46,7 @@ FLAGS = {
     "seed": "seed",
 }
 
+INITS = "kaiming, gaussian, orthogonal, pissa, olora, eva, corda, lora_ga, or loftq (quantised bases)"
 V = {"rich_help_panel": "Variants (docs/variants.md)"}
 
 
@@ -79,7 +80,7 @@ def command(
     adalora: Annotated[
         int | None, typer.Option(help="AdaLoRA: mean rank at the end; training starts with --rank.", **V)
     ] = None,
-    init: Annotated[str | None, typer.Option(help="How A and B start: kaiming, gaussian, orthogonal, …", **V)] = None,
+    init: Annotated[str | None, typer.Option(help=f"How A and B start: {INITS}.", **V)] = None,
     invocation: Annotated[
         str | None, typer.Option(help="aLoRA: the text, or token ids with commas, from which on the adapter acts.", **V)
     ] = None,
@@ -151,9 +152,8 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
     for key in ("invocation", "trainable_tokens"):
         if key in flags and flags[key].replace(",", "").replace(" ", "").isdecimal():
             flags[key] = [int(part) for part in flags[key].split(",") if part.strip()]
-    targets = flags.get("targets")
-    if targets and ("," in targets or targets.replace("_", "").isalnum() and targets not in ("attention", "mlp")):
-        flags["targets"] = [part.strip() for part in targets.split(",")]
+    if "targets" in flags:
+        flags["targets"] = parse_targets(flags["targets"])
     overrides = {FLAGS[key]: value for key, value in flags.items()} | parse_settings(settings)
     run = (
         config

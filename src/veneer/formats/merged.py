@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter.attach import get_bank, merge
+from veneer.adapter.attach import biases_gained, get_bank, merge
 from veneer.adapter.frozen import is_quantised, weight_of
+from veneer.adapter.vocabulary import add_tokens
 from veneer.base.load import load_base, pick_device, pick_dtype
 from veneer.base.quant import check_quant, quantised_linear
+from veneer.base.quiet import quiet_transformers
 from veneer.errors import AdapterStateError, BaseModelError, ConfigError
 from veneer.files import new_directory
-from veneer.formats.peft import load_adapter
+from veneer.formats.peft import load_adapter, new_tokens_of
 
 PROMPTS = (
     "The capital of France is",
@@ -90,27 +92,35 @@ def merge_into_float(
     model, tokenizer = load_base(base, **options)
     if any(is_quantised(module) for module in model.modules()):
         raise BaseModelError(f"{base} is stored quantised: name the float model that it was made from")
-    load_adapter(model, adapter, force=force, trainable=False)
+    bank = load_adapter(model, adapter, force=force, trainable=False, tokenizer=tokenizer)
+    if gained := biases_gained(bank):
+        raise BaseModelError(
+            f"{adapter} brings biases (lora_bias) for layers that have none in {type(model).__name__}, first "
+            f"{gained[0]}: a merged checkpoint would lose them; use base and adapter unmerged"
+        )
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     truth = _logits(model, ids)
-    exact = logit_error(_logits(merge(model), ids), truth)
-    if exact.max > EXACT * max(float(z.abs().max()) for z in truth):
-        raise BaseModelError(f"the merged model is not the base with its adapter ({exact}): nothing was written")
+    with new_directory(out) as folder:
+        _save(merge(model), tokenizer, folder)
+        del model, bank
+        model, _ = load_base(folder, **options)  # what the file holds is what counts
+        exact = logit_error(_logits(model, ids), truth)
+        if not exact.max <= EXACT * max(float(z.abs().max()) for z in truth):
+            raise BaseModelError(f"the merged model is not the base with its adapter ({exact}): nothing was written")
+        if requantise:
+            del model
+            model, _ = load_base(folder, quant=requantise, **options)
+            shutil.rmtree(folder)
+            _save(model, tokenizer, folder)
     if requantise is None:
-        _write(model, tokenizer, out)
         return MergeReport(out, None, exact)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        del model
-        model, _ = load_base(folder, quant=requantise, **options)
-    _write(model, tokenizer, out)
     found = {"requantised": _logits(model, ids)}
     del model
     model, _ = load_base(base, quant=requantise, **options)
+    if new_tokens := new_tokens_of(Path(adapter)):
+        add_tokens(model, tokenizer, new_tokens)
     found["alone"] = _logits(model, ids)
-    load_adapter(model, adapter, force=force, trainable=False)
+    load_adapter(model, adapter, force=force, trainable=False, tokenizer=tokenizer)
     found["unmerged"] = _logits(model, ids)
     _merge_and_round(model, requantise)
     found["naive"] = _logits(model, ids)
@@ -150,7 +160,7 @@ def _logits(model: nn.Module, ids: Sequence[list[int]]) -> list[Tensor]:
     return [model(input_ids=torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in ids]
 
 
-def _write(model: Any, tokenizer: Any, out: Path) -> None:
-    with new_directory(out) as folder:
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

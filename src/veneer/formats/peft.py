@@ -23,6 +23,7 @@ from veneer.adapter.targets import (
     Target,
     base_parameters,
     candidates,
+    input_embedding,
     kind_of,
     output_head,
     plain_name,
@@ -34,9 +35,10 @@ from veneer.adapter.vocabulary import add_tokens
 from veneer.base.fingerprint import Fingerprint, fingerprint, mismatch
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterFormatError, AdapterStateError, TargetError, WrongBaseError
-from veneer.files import new_directory
+from veneer.files import new_directory, read_object
 from veneer.formats.peft_config import adapter_config, check_supported, peft_config, peft_targets
 from veneer.formats.peft_tensors import PREFIX, adapter_tensors, resolve_paths, split
+from veneer.formats.peft_tokens import PEFT_TYPE, as_lora_fields, as_lora_key, without_lora
 from veneer.version import __version__
 
 CONFIG, TENSORS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
@@ -61,13 +63,14 @@ def save_adapter(
     name = name or bank.names[0]
     if path.exists() and not (path.is_dir() and ((path / CONFIG).exists() or not any(path.iterdir()))):
         raise AdapterStateError(f"{path} exists and is no adapter directory: choose another place")
-    tensors = adapter_tensors(bank, name)
     base = base_record(model)
+    fields, tensors = peft_config(bank, name, base["name_or_path"]), adapter_tensors(bank, name)
+    fields, tensors = without_lora(fields, tensors, tied_head(model))
     written = {"format": 1, "veneer": __version__, "base": base, "config": bank.entries[name].config.model_dump()}
     with new_directory(path) as folder:
-        _write_json(folder / CONFIG, peft_config(bank, name, base["name_or_path"]), sort_keys=True)
+        write_json(folder / CONFIG, fields, sort_keys=True)
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        _write_json(folder / PROVENANCE, written | (provenance or {}))
+        write_json(folder / PROVENANCE, written | (provenance or {}))
         if tokenizer is not None and bank.entries[name].config.new_tokens:
             tokenizer.save_pretrained(folder)
     return path
@@ -118,7 +121,7 @@ def load_adapter(
 
 def new_tokens_of(path: Path) -> list[str]:
     """The tokens that an adapter adds to its base's vocabulary."""
-    record = _read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    record = read_object(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
     return list((record.get("config") or {}).get("new_tokens") or [])
 
 
@@ -153,6 +156,8 @@ def put_on(
         plan = Plan(model, config, targets, saved=True)
     except TargetError as error:
         raise AdapterFormatError(f"{source}: {error}") from None
+    tied = tied_head(model)  # PEFT may write the rows of an embedding a second time under its name
+    rows = {path: value for path, value in rows.items() if path in plan.tokens or path != tied}
     rest = _without_base_copies(model, rest, config)
     _check_rest(model, rest, rows, plan, source)
     bank = install(plan, starts, name)
@@ -166,10 +171,12 @@ def put_on(
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The fields of adapter_config.json; `AdapterFormatError` if missing, broken or no LoRA that Veneer can hold."""
+    """LoraConfig's fields from adapter_config.json; `AdapterFormatError` if missing, broken or not what Veneer can hold."""
     if not path.is_dir():
         raise AdapterFormatError(f"{path}: no such adapter directory")
-    fields = _read_json(path / CONFIG)
+    fields = read_object(path / CONFIG)
+    if fields.get("peft_type") == PEFT_TYPE:
+        fields = as_lora_fields(fields, path)
     check_supported(fields, path)
     return fields
 
@@ -182,7 +189,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterFormatError(f"{file} is missing{pickled if (path / 'adapter_model.bin').exists() else ''}")
     try:
         with safe_open(file, "pt") as data:
-            return {key.removeprefix(PREFIX): data.get_tensor(key) for key in data.keys()}
+            return {as_lora_key(key.removeprefix(PREFIX)): data.get_tensor(key) for key in data.keys()}
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{file} is damaged or cut short: {error}") from None
 
@@ -191,7 +198,7 @@ def check_base(model: nn.Module, path: Path, force: bool) -> None:
     """Refuse an adapter whose veneer.json names another base; no file, no check."""
     if force or not (path / PROVENANCE).exists():
         return
-    base = _read_json(path / PROVENANCE).get("base", {})
+    base = read_object(path / PROVENANCE).get("base", {})
     if not base.get("fingerprint"):
         return
     mine = Fingerprint.from_dict(base_record(model)["fingerprint"])
@@ -235,6 +242,14 @@ def _without_tied_copies(model: nn.Module, pairs: dict[str, dict[str, Tensor]]) 
     head = output_head(model)
     name = next((plain_name(n) for n, m in model.named_modules() if m is head), None)
     return {path: pair for path, pair in pairs.items() if path != name}
+
+
+def tied_head(model: nn.Module) -> str | None:
+    """The name of the output head if its weight is the input embedding's."""
+    head, embedding = output_head(model), input_embedding(model)
+    if head is None or embedding is None or plain(head).weight is not plain(embedding).weight:
+        return None
+    return next(plain_name(name) for name, module in model.named_modules() if module is head)
 
 
 def _check_targets(
@@ -288,7 +303,7 @@ def _target(
 def _without_base_copies(model: nn.Module, rest: dict[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:
     """PEFT also writes the frozen weight of an embedding or head that it adapts: leave out what the base has anyway."""
     own = base_parameters(model)
-    heads = [m for m in (output_head(model), getattr(model, "get_input_embeddings", lambda: None)()) if m is not None]
+    heads = [m for m in (output_head(model), input_embedding(model)) if m is not None]
     frozen = {id(getattr(plain(m), "weight", None)) for m in heads}  # an image model's patches have none
 
     def is_copy(key: str, value: Tensor) -> bool:
@@ -326,17 +341,6 @@ def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tenso
             raise AdapterFormatError(f"{source}: {key} is {tuple(value.shape)}, the model's is {shape}")
 
 
-def _write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:
+def write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:
+    """Write one of an adapter's JSON files."""
     path.write_text(json.dumps(values, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterFormatError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterFormatError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise AdapterFormatError(f"{path} is damaged: not an object")
-    return values

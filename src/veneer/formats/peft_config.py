@@ -61,7 +61,7 @@ def peft_config(bank: Bank, name: str, base_name: str | None) -> dict[str, Any]:
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "modules_to_save": list(entry.modules) or None,
-        "init_lora_weights": INIT_NAMES.get(config.init, True),
+        "init_lora_weights": config.lora_bias or INIT_NAMES.get(config.init, True),  # PEFT: no other with lora_bias
         "fan_in_fan_out": any(type(bank.owner(path)).__name__ == "Conv1D" for path in modules),
         "lora_bias": config.lora_bias,
         "target_parameters": parameters or None,
@@ -91,8 +91,13 @@ def _written_ranks(bank: Bank, name: str) -> tuple[int, float, dict[str, int], d
     own = config.rank, config.alpha, *sorted_patterns
     if all(_close(written[path], _resolved(path, *own)) for path in written):
         return own
+    return as_patterns(written) if written else (config.rank, config.alpha, {}, {})
+
+
+def as_patterns(written: dict[str, tuple[int, float]]) -> tuple[int, float, dict[str, int], dict[str, float]]:
+    """(r, lora_alpha, rank_pattern, alpha_pattern) from each module's rank and alpha, with whole names as patterns."""
     values = list(written.values())
-    rank, alpha = max(values, key=values.count) if values else own[:2]
+    rank, alpha = max(values, key=values.count)
     key = {path: f"^{path}" if any(other.endswith(f".{path}") for other in written) else path for path in written}
     ranks = {key[path]: r for path, (r, _) in written.items() if r != rank}
     alphas = {key[path]: _number(a) for path, (_, a) in written.items() if abs(a - alpha) > 1e-9 * alpha}
@@ -113,7 +118,8 @@ def _close(one: tuple[int, float], other: tuple[int, float]) -> bool:
 def check_supported(fields: dict[str, Any], source: object) -> None:
     """Raise `AdapterFormatError` for a kind of adapter that Veneer cannot hold."""
     if fields.get("peft_type", "LORA") != "LORA":
-        raise AdapterFormatError(f"{source}: a {fields['peft_type']} adapter; Veneer holds LORA")
+        how = "; save it and load_adapter reads the files" if fields["peft_type"] == "TRAINABLE_TOKENS" else ""
+        raise AdapterFormatError(f"{source}: a {fields['peft_type']} adapter; Veneer holds LORA{how}")
     for key, what in UNSUPPORTED.items():
         if fields.get(key):
             raise AdapterFormatError(f"{source}: uses {what} ({key}), which Veneer does not hold")

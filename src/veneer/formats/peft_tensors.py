@@ -92,7 +92,7 @@ def adapter_tensors(bank: Bank, name: str) -> dict[str, Tensor]:
     for key, (value, *start) in slots(bank, name).items():
         if start:
             value = torch.cat([value, -start[0]], dim=1) if ".lora_B." in key else torch.cat([value, start[0]])
-        found[PREFIX + key] = value.detach().to("cpu", copy=True).contiguous()
+        found[PREFIX + key] = value.detach().to("meta" if value.is_meta else "cpu", copy=True).contiguous()
     for path in bank.entries[name].targets:
         if (factor := stored_factor(bank, name, path)) != 1.0:
             found[PREFIX + factor_key(bank, bank.entries[name].targets, path, "lora_B")] *= factor

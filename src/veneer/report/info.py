@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -16,12 +15,13 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from veneer.errors import AdapterFormatError, RunError
+from veneer.files import read_object
 from veneer.report import text
 from veneer.report.page import progress, score_rows
 from veneer.report.run import RunFiles, is_run, mapping, read_run
 
 CONFIG, TENSORS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "veneer.json"
-TOKENS = ".token_adapter.trainable_tokens_delta"
+TOKENS = ".trainable_tokens_delta"
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 
 
@@ -143,21 +143,22 @@ def _add_run(info: Info, run: RunFiles) -> None:
 
 
 def _add_adapter(info: Info, path: Path) -> None:
-    config = _read_json(path / CONFIG)
+    config = read_object(path / CONFIG)
     shapes, dtypes = _read_header(path / TENSORS)
-    ranks: dict[str, int] = {}
+    ranks: dict[str, float] = {}
     rest = []
     for key, shape in shapes.items():
         found = FACTOR.match(key)
         if not found:
             rest.append(key)
         elif found[3] == "A":
-            ranks[found[1]] = shape[0]
+            name, fused = _module(found[1], config)
+            ranks[name] = _by_pattern(config, "rank_pattern", "r", name, path) if fused else shape[0]
     info.tokens = sum(shapes[key][0] for key in rest if key.endswith(TOKENS))
     if not (ranks or info.tokens):
         raise AdapterFormatError(f"{path / TENSORS}: holds no lora_A tensor: not a LoRA adapter")
     info.rslora, info.dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
-    alphas = {name: _alpha(config, name, path) for name in ranks}
+    alphas = {name: _by_pattern(config, "alpha_pattern", "lora_alpha", name, path) for name in ranks}
     roots = {name: math.sqrt(rank) if info.rslora else rank for name, rank in ranks.items()}
     info.ranks = sorted(set(ranks.values()))
     info.alphas = sorted(set(alphas.values()))
@@ -168,20 +169,31 @@ def _add_adapter(info: Info, path: Path) -> None:
     info.parameters = sum(math.prod(shape) for shape in shapes.values())
     info.bytes = (path / TENSORS).stat().st_size
     info.dtypes = dtypes
-    noted = _read_json(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
+    noted = read_object(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
     base = mapping(noted.get("base")).get("name_or_path") or config.get("base_model_name_or_path")
     info.base = str(base) if base else None
 
 
-def _alpha(config: dict[str, Any], name: str, path: Path) -> float:
-    """A module's alpha by PEFT's rule: the first pattern that matches the name or its ending, else lora_alpha."""
+def _module(path: str, config: dict[str, Any]) -> tuple[str, bool]:
+    """What factors at a path belong to, and whether it is a parameter with several experts in one tensor.
+
+    The n-th last parameter of a module stands behind n times `.base_layer`.
+    """
+    plain, depth = path.replace(".base_layer", ""), path.count(".base_layer")
+    owned = [str(name).rpartition(".") for name in config.get("target_parameters") or []]
+    own = [leaf for owner, _, leaf in owned if f".{plain}".endswith(f".{owner}")]
+    return (f"{plain}.{own[-1 - depth]}", True) if depth < len(own) else (plain, False)
+
+
+def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str, path: Path) -> float:
+    """A module's rank or alpha by PEFT's rule: the first pattern that matches the name or its ending, else the default."""
     try:
-        for pattern, alpha in mapping(config.get("alpha_pattern")).items():
+        for pattern, value in mapping(config.get(patterns)).items():
             if re.match(rf"(.*\.)?({pattern})$", name):
-                return float(alpha)
-        return float(config.get("lora_alpha", 8))
+                return float(value)
+        return float(config.get(default, 8))
     except (re.error, TypeError, ValueError) as error:
-        raise AdapterFormatError(f"{path / CONFIG}: lora_alpha or alpha_pattern is damaged: {error}") from None
+        raise AdapterFormatError(f"{path / CONFIG}: {default} or {patterns} is damaged: {error}") from None
 
 
 def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -195,15 +207,3 @@ def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
             return shapes, sorted({part.get_dtype() for part in slices.values()})
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{file} is damaged or cut short: {error}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterFormatError(f"{file} is missing") from None
-    except (OSError, ValueError) as error:
-        raise AdapterFormatError(f"{file} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise AdapterFormatError(f"{file} is damaged: not an object")
-    return values

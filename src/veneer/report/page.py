@@ -43,7 +43,7 @@ def render(run: RunFiles) -> str:
         "speed": plots.speed_plot(run.metrics),
     }
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             name=run.path.resolve().name,
@@ -200,7 +200,8 @@ def commands(run: RunFiles) -> dict[str, str]:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of this folder, with the page's filters."""
     environment = Environment(
         loader=PackageLoader("veneer", "report"),
         autoescape=True,

@@ -21,6 +21,7 @@ from veneer.report.run import is_number
 MAX_POINTS = 2000
 NEUTRAL = "#010203"  # stands for currentColor, which matplotlib does not know
 BLUE, ORANGE = "#3f7fd0", "#d9822b"  # both readable on white and on near-black
+STEP = "optimiser step"
 Points = list[tuple[int, float]]
 
 
@@ -41,7 +42,7 @@ def loss_plot(records: Sequence[dict[str, Any]]) -> str | None:
             axes.plot([step], [value], "o", color=ORANGE, markersize=9, fillstyle="none", label=f"best: {value:.3g}")
         axes.legend(frameon=False, labelcolor=NEUTRAL, loc="upper right")
 
-    return _svg("Loss by optimiser step", "loss (nats per token)", draw, size=(6.6, 4.7))
+    return svg("Loss by optimiser step", STEP, "loss (nats per token)", draw, size=(6.6, 4.7))
 
 
 def lr_plot(records: Sequence[dict[str, Any]]) -> str | None:
@@ -55,7 +56,7 @@ def lr_plot(records: Sequence[dict[str, Any]]) -> str | None:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
         axes.set_ylim(bottom=0)
 
-    return _svg("Learning rate by optimiser step", "learning rate", draw)
+    return svg("Learning rate by optimiser step", STEP, "learning rate", draw)
 
 
 def speed_plot(records: Sequence[dict[str, Any]]) -> str | None:
@@ -71,7 +72,7 @@ def speed_plot(records: Sequence[dict[str, Any]]) -> str | None:
         axes.legend(frameon=False, labelcolor=NEUTRAL, loc="lower right")
         axes.set_ylim(bottom=0)
 
-    return _svg("Speed by optimiser step", "tokens per second", draw)
+    return svg("Speed by optimiser step", STEP, "tokens per second", draw)
 
 
 def series(records: Sequence[dict[str, Any]], kind: str, key: str) -> Points:
@@ -109,17 +110,20 @@ def _columns(points: Points) -> tuple[list[int], list[float]]:
     return [step for step, _ in kept], [value for _, value in kept]
 
 
-def _svg(title: str, y_label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.0, 2.3)) -> str:
+def svg(
+    title: str, x_label: str, y_label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.0, 2.3)
+) -> str:
+    """One pair of axes that `draw` fills, as inline SVG; the horizontal one counts."""
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 12}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes)
-        axes.set_xlabel("optimiser step", color=NEUTRAL)
+        axes.set_xlabel(x_label, color=NEUTRAL)
         axes.set_ylabel(y_label, color=NEUTRAL)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-        axes.tick_params(colors=NEUTRAL)
+        axes.tick_params(which="both", colors=NEUTRAL)
         axes.yaxis.get_offset_text().set_color(NEUTRAL)
         axes.grid(color=NEUTRAL, alpha=0.12, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -136,7 +140,7 @@ def _inline(svg: str, title: str) -> str:
     svg = re.sub(r"<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)
     svg = re.sub(r"font-family: [^;]*;", "font-family: system-ui, sans-serif;", svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)  # not in labels
     box = re.search(r'viewBox="[^"]*"', svg)
     start = (
         f'<svg {box[0] if box else ""} role="img" aria-label="{escape(title)}" '

@@ -19,7 +19,7 @@ from veneer.training.blocks import repeated_blocks
 from veneer.training.store import Mode, Store, recomputing
 
 Dial = Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"]
-KEEP: dict[Mode, float] = {"keep": 1.0, "selective": 0.7, "offload": 0.7, "recompute": 0.0, "recompute-offload": 0.0}
+KEEP: dict[Mode, float] = {"keep": 1.0, "selective": 0.85, "offload": 0.85, "recompute": 0.0, "recompute-offload": 0.0}
 """The share that the compiler keeps on each setting."""
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 

@@ -100,10 +100,8 @@ def fill_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path)
     """Copy saved tensors into the attached adapter; its parameters by name. `RunError` if they do not fit."""
     bank = get_bank(model)
     name = bank.names[0]
-    own = adapter_tensors(bank, name)
-    if {key.removeprefix(PREFIX): value.shape for key, value in own.items()} != {
-        k: v.shape for k, v in tensors.items()
-    }:
+    own = {key.removeprefix(PREFIX): value.shape for key, value in adapter_tensors(bank, name).items()}
+    if own != {key: value.shape for key, value in tensors.items() if key in own}:
         raise RunError(f"checkpoint {path} does not hold this run's adapter: its tensors are others")
     assign(bank, name, tensors)
     return bank.parameters(name)

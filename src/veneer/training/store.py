@@ -117,12 +117,20 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
+def _storages(tensor: Tensor) -> list[int]:
+    """Addresses of a tensor's storage, or of those inside a tensor that is made of others (torchao's)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor.untyped_storage().data_ptr()]
+    names, _ = tensor.__tensor_flatten__()
+    return [at for name in names for at in _storages(getattr(tensor, name))]
+
+
 class Store:
     """Sends what blocks save to the host and brings it back. `frozen` are tensors that stay on the device anyway."""
 
     def __init__(self, frozen: Iterable[Tensor], device: torch.device) -> None:
         self.host = Host(device)
-        self.frozen = {tensor.untyped_storage().data_ptr() for tensor in frozen}
+        self.frozen = {at for tensor in frozen for at in _storages(tensor)}
 
     def offloading(self, forward: Callable) -> Callable:
         """`forward` with what it saves for the backward pass in host memory."""

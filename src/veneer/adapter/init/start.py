@@ -55,7 +55,7 @@ def start(
     quantised. Raises `ConfigError` where the initialisation cannot be had for a target, naming it.
     """
     for target in targets:
-        _check(target, config)
+        check(target, config, quantised=is_quantised(target.module))
     if config.init in DATA_DRIVEN and calibration is None:
         raise ConfigError(
             f"init {config.init!r} is computed from data: pass calibration=[{{'input_ids': …, 'labels': …}}, …], "
@@ -79,7 +79,7 @@ def start(
         return [Start(lora_A.cpu(), lora_B.cpu(), changes_base=True) for lora_A, lora_B in pairs]
 
 
-def _check(target: Target, config: AdapterConfig) -> None:
+def check(target: Target, config: AdapterConfig, *, quantised: bool) -> None:
     """Raise `ConfigError` where this initialisation is not defined for this target."""
     what, kind = f"init {config.init!r}", target.kind
     if config.init in ("kaiming", "gaussian"):
@@ -98,7 +98,7 @@ def _check(target: Target, config: AdapterConfig) -> None:
             f"{what} takes 2 × rank directions of the gradient, and {target.name} has {limit}: use at most rank "
             f"{limit // 2} there (rank_pattern)"
         )
-    if config.init == "loftq" and not is_quantised(target.module):
+    if config.init == "loftq" and not quantised:
         raise ConfigError(f"{what} makes up for quantisation, and {target.name} is not quantised: use init: pissa")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -124,9 +124,20 @@ class AdaptedModule(nn.Module):
 
     def remove(self, name: str) -> None:
         """Drop an adapter's factors."""
-        for table in (*TABLES, "lora_A_start", "lora_B_start", "rank", "alpha", "scaling", "dropout", "options"):
-            if name in getattr(self, table):
-                del getattr(self, table)[name]
+        for table in self.tables():
+            if name in table:
+                del table[name]
+
+    def tables(self) -> list[MutableMapping[str, Any]]:
+        """All that is kept here by adapter name."""
+        names = (*TABLES, "lora_A_start", "lora_B_start", "rank", "alpha", "scaling", "dropout", "options")
+        return [getattr(self, name) for name in names]
+
+    def rename(self, name: str, new: str) -> None:
+        """Keep an adapter's factors under another name."""
+        for table in self.tables():
+            if name in table:
+                table[new] = table.pop(name)
 
     def trained(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's trained parameters here, by table name (`TABLES`)."""

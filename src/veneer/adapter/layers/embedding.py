@@ -134,6 +134,10 @@ class TiedHead(AdaptedModule):
     def remove(self, name: str) -> None:
         self.names.discard(name)
 
+    def rename(self, name: str, new: str) -> None:
+        if name in self.names:
+            self.names.discard(name), self.names.add(new)
+
     def merged(self, weights: Mapping[str, float]) -> nn.Module:
         mine = {n: w for n, w in weights.items() if n in self.names}
         if mine == {n: w for n, w in weights.items() if n in self.source.lora_A}:

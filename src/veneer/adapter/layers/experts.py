@@ -116,6 +116,10 @@ class AdaptedParameters(AdaptedModule):
         for part in self.parts.values():
             part.remove(name)
 
+    def rename(self, name: str, new: str) -> None:
+        for part in self.parts.values():
+            part.rename(name, new)
+
     def merged(self, weights: Mapping[str, float]) -> nn.Module:
         return clone_module(self.base_layer, **{name: part.summed(weights) for name, part in self.parts.items()})
 

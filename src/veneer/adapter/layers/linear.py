@@ -80,19 +80,18 @@ class AdaptedLinear(AdaptedModule):
         if self._is_dora(name):
             m, bias = self.lora_magnitude_vector[name], self.base_layer.bias
             return dispatch.dora_linear(x, weight, bias, lora_A, lora_B, m, self.norm(name), s)
-        return dispatch.lora_linear(x, weight, self._bias(name, s), lora_A, lora_B, s)
+        return dispatch.lora_linear(x, weight, self._bias(name, s, x.dtype), lora_A, lora_B, s)
 
     def _dequantised(self, x: Tensor, dequantise: Dequantise, name: str, w: float) -> Tensor:
         (lora_A, lora_B), s = self.factors(name), w * self.scaling[name]
-        bias = self._bias(name, s)
-        bias = None if bias is None else bias.to(x.dtype)
-        return dispatch.quantised_lora_linear(x, dequantise, bias, lora_A, lora_B, s)
+        return dispatch.quantised_lora_linear(x, dequantise, self._bias(name, s, x.dtype), lora_A, lora_B, s)
 
-    def _bias(self, name: str, s: float) -> Tensor | None:
-        bias, own = self.base_layer.bias, self.lora_bias[name] if name in self.lora_bias else None
-        if own is None:
-            return bias
-        return s * own if bias is None else bias + (s * own).to(bias.dtype)
+    def _bias(self, name: str, s: float, dtype: torch.dtype) -> Tensor | None:
+        bias = self.base_layer.bias
+        if name in self.lora_bias:
+            own = s * self.lora_bias[name]
+            bias = own if bias is None else bias + own.to(bias.dtype)
+        return None if bias is None else bias.to(dtype)
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Adapter `name`'s part of the output, given the base's output y."""

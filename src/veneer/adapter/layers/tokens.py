@@ -37,6 +37,10 @@ class TrainedTokens(AdaptedModule):
         if name in self.lora_rows:
             del self.lora_rows[name], self.indices[name]
 
+    def rename(self, name: str, new: str) -> None:
+        if name in self.lora_rows:
+            self.lora_rows[new], self.indices[new] = self.lora_rows.pop(name), self.indices.pop(name)
+
     def trained(self, name: str) -> dict[str, nn.Parameter]:
         return {"trainable_tokens": self.lora_rows[name]} if name in self.lora_rows else {}
 
