@@ -78,11 +78,11 @@ def split_pairs(name: str, pairs: list[tuple[str, str]], train: int, heldout: in
 def write_tasks(folder: Path, wordnet: Path, heldout: int) -> dict[str, tuple[Path, Path]]:
     """Write each task's training and held-out files, unless they stand there; {task: (train, heldout)}."""
     make: dict[str, Callable[[], tuple[list[dict], list[dict]]]] = {
-        "expense": lambda: (schema("expense", "train", 400), schema("expense", "heldout", heldout)),
-        "pronounce": lambda: split_pairs("pronounce", pronounce(), 1400, heldout),
-        "category": lambda: split_pairs("category", category(wordnet), 1200, heldout),
-        "order": lambda: (schema("order", "train", 400), schema("order", "heldout", heldout)),
-        "lemma": lambda: split_pairs("lemma", lemma(wordnet), 1500, heldout),
+        "expense": lambda: (schema("expense", "train", 240), schema("expense", "heldout", heldout)),
+        "pronounce": lambda: split_pairs("pronounce", pronounce(), 900, heldout),
+        "category": lambda: split_pairs("category", category(wordnet), 800, heldout),
+        "order": lambda: (schema("order", "train", 240), schema("order", "heldout", heldout)),
+        "lemma": lambda: split_pairs("lemma", lemma(wordnet), 900, heldout),
     }
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: (folder / f"{name}.train.jsonl", folder / f"{name}.heldout.jsonl") for name in make}
