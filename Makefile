@@ -1,7 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`.
 VENV ?= .venv
 
-.PHONY: install demo test
+.PHONY: install demo test test-llama-cpp
 install:
 	@scripts/install.sh $(VENV)
 
@@ -14,3 +14,13 @@ test:
 	@$(VENV)/bin/ruff format --check src tests benchmarks recipes
 	@$(VENV)/bin/python -m veneer.data.bundled.generate --check
 	@$(VENV)/bin/python -m pytest -n $${VENEER_TEST_WORKERS:-2} --dist loadfile -m "not gpu"
+
+# llama.cpp itself runs what Veneer exports: builds llama-cpp-python (C++, about 10 minutes) into a folder of its own.
+LLAMA_CPP ?= .llama-cpp
+test-llama-cpp: $(LLAMA_CPP)/llama_cpp
+	@scripts/install.sh $(VENV) test
+	@PYTHONPATH=$(LLAMA_CPP) $(VENV)/bin/python -m pytest -m llama_cpp tests/llama_cpp
+
+$(LLAMA_CPP)/llama_cpp:
+	@scripts/install.sh $(VENV) test
+	@$(VENV)/bin/python -m pip install --no-deps --target $(LLAMA_CPP) llama-cpp-python diskcache

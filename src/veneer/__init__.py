@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from veneer.errors import VeneerError
     from veneer.formats.adapter_file import swap_adapter
     from veneer.formats.combine import combine
+    from veneer.formats.exchange import export_adapter, export_merged, import_adapter
     from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
     from veneer.formats.reduced import reduce_adapter
@@ -49,6 +50,9 @@ _WHERE = {
     "prepare": "data.prepare",
     "VeneerError": "errors",
     "combine": "formats.combine",
+    "export_adapter": "formats.exchange",
+    "export_merged": "formats.exchange",
+    "import_adapter": "formats.exchange",
     "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",

@@ -10,10 +10,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import yaml
 
-import veneer
 from veneer import __version__
 from veneer.base.load import load_base
 from veneer.cli.init import TASKS
@@ -182,83 +180,6 @@ def test_chat(cli, trained, monkeypatch):
     assert done.out.count("base> ") == done.out.count("adapter> ") == 2
     assert "comparing with the base" in done.err
     assert done.err.count("commands:") == 2
-
-
-@pytest.fixture
-def loud(tmp_path, model_dir):
-    """A folder with an adapter that says something else than the base, and the base's and its answers to "hello"."""
-    model, tokenizer = load_base(model_dir)
-    bank = veneer.attach(model, AdapterConfig(rank=3, alpha=6), seed=5)
-    for parameter in bank.parameters("default").values():
-        torch.nn.init.normal_(parameter.data, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    folder = veneer.save_adapter(model, tmp_path / "my adapters" / "loud one")
-    answers, hello = {}, [{"role": "user", "content": "hello"}]
-    for weight in (0, 1, 0.5, -2):
-        bank.activate({"default": weight})
-        answers[weight] = "".join(veneer.stream(model, tokenizer, hello, max_new_tokens=6)) + "\n"
-    return folder, answers
-
-
-def test_chat_changes_adapters_while_it_runs(cli, trained, loud, monkeypatch):
-    folder, answers = loud
-    assert len(set(answers.values())) == 4
-    weighed = ["/use loud-one", "hello", "/weight loud-one 0.5", "hello", "/stack run=0 loud-one=-2", "hello"]
-    lines = [f"/add {str(folder)!r}", "/adapters", *weighed, "/off", "hello", "/adapters", "/quit"]
-    script = "\n".join(line if line.startswith("/") else f"{line}\n/reset" for line in lines)
-    monkeypatch.setattr("sys.stdin", io.StringIO(script))
-    done = cli("chat", trained, "--max-new-tokens", 6)
-    assert done.code == 0 and "error" not in done.err, done.err
-    assert done.out == "".join(answers[w] for w in (1, 0.5, -2, 0))
-    assert "added loud-one" in done.err
-    assert "run  rank 4  acts, weight 1\nloud-one  rank 3  off" in done.err
-    assert "0·run + -2·loud-one" in done.err and "run  rank 4  off\nloud-one  rank 3  off" in done.err
-
-
-def test_chat_takes_several_adapters_and_names_them_apart(cli, trained, loud, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("/adapters\n/help"))
-    done = cli("chat", trained, loud[0], trained, "--max-new-tokens", 2)
-    assert done.code == 0, done.err
-    assert "run  rank 4  acts, weight 1\nloud-one  rank 3  off\nrun-2  rank 4  off" in done.err
-    assert "/weight NAME W" in done.err
-    assert cli("chat", trained, trained / "nothing").code == 2
-
-
-def test_chat_adds_an_adapter_to_a_bare_base(cli, model_dir, loud, monkeypatch):
-    folder, answers = loud
-    lines = ["/adapters", "/compare", "/use a", f"/add {str(folder)!r} a", "hello", "/reset", "/use a", "hello"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    done = cli("chat", "--model", model_dir, "--max-new-tokens", 6)
-    assert done.code == 0 and done.err.count("error:") == 1, done.err
-    assert "has no adapters" in done.err and done.out == answers[0] + answers[1]
-
-
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("/use nobody", "no adapter 'nobody' here; there are: run"),
-        ("/use", "write /use NAME"),
-        ("/use run run", "write /use NAME"),
-        ("/stack", "write /stack A=0.7 B=-0.3"),
-        ("/stack run=much", "not 'much'"),
-        ("/stack run=nan", "not 'nan'"),
-        ("/stack run=1 run=2", "twice"),
-        ("/weight run", "write /weight NAME W"),
-        ("/weight nobody 0", "no adapter 'nobody'"),
-        ("/off now", "write /off"),
-        ("/add nowhere", "no such run or adapter directory"),
-        ("/add 'nowhere", "no closing quotation"),
-        ("/add", "write /add PATH [NAME]"),
-        ("/add {run} run", "already has an adapter 'run'"),
-        ("/add {run} a.b", "use letters, digits"),
-        ("/frob", "no command /frob"),
-    ],
-)
-def test_a_chat_command_that_is_wrong_is_one_line_and_changes_nothing(cli, trained, monkeypatch, line, words):
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{line.format(run=trained)}\n/adapters\nhello\n"))
-    done = cli("chat", trained, "--max-new-tokens", 1)
-    errors = [text for text in done.err.splitlines() if text.startswith("error:")]
-    assert done.code == 0 and len(errors) == 1 and words in errors[0], done.err
-    assert done.err.splitlines()[-1] == "run  rank 4  acts, weight 1" and done.out.endswith("\n")
 
 
 def test_chat_goes_on_when_the_context_is_full(cli, model_dir, monkeypatch):

@@ -10,7 +10,22 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from veneer.cli import bench, chat, combine, data, evaluate, explain, generate, info, init, merge, reduce, train
+from veneer.cli import (
+    bench,
+    chat,
+    combine,
+    data,
+    evaluate,
+    explain,
+    export,
+    generate,
+    import_,
+    info,
+    init,
+    merge,
+    reduce,
+    train,
+)
 from veneer.errors import VeneerError
 from veneer.version import __version__
 
@@ -30,6 +45,8 @@ app.add_typer(data.app, name="data")
 app.command("explain")(explain.command)
 app.command("merge")(merge.command)
 app.command("combine")(combine.command)
+app.command("export")(export.command)
+app.command("import")(import_.command)
 app.command("bench")(bench.command)
 app.command("reduce")(reduce.command)
 app.command("init")(init.command)

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from veneer.adapter.attach import detach
 from veneer.base.load import load_base
 from veneer.errors import BaseModelError
-from veneer.formats.merged import EXACT, PROMPTS, LogitError, logit_error
 from veneer.formats.peft import load_adapter
+from veneer.formats.verify import PROMPTS, LogitError, allowed, logit_error, logits
 
 
 def check_on_base(
@@ -34,14 +32,11 @@ def check_on_base(
     for i, path in enumerate(adapters):
         bank = load_adapter(model, path, name=str(i), force=force, trainable=False, tokenizer=tokenizer)
     bank.activate({str(i): float(w) for i, w in enumerate(weights or [1.0] * len(adapters))})
-    ids = [torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device) for prompt in PROMPTS]
-    with torch.inference_mode():
-        wanted = [model(input_ids=row).logits[0].float().cpu() for row in ids]
-        detach(model)
-        load_adapter(model, result, force=force, trainable=False, tokenizer=tokenizer)
-        found = [model(input_ids=row).logits[0].float().cpu() for row in ids]
-    error = logit_error(found, wanted)
-    limit = (1e-4 if model.dtype == torch.float32 else EXACT) * max(float(z.abs().max()) for z in wanted)
+    ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    wanted = logits(model, ids)
+    detach(model)
+    load_adapter(model, result, force=force, trainable=False, tokenizer=tokenizer)
+    error, limit = logit_error(logits(model, ids), wanted), allowed(wanted, model.dtype)
     if exact and not error.max <= limit:  # NaN fails too
         raise BaseModelError(f"{result} is not the sum of its adapters on {base}: {error}, allowed {limit:.2g}")
     return error

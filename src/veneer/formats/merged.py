@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.adapter.attach import biases_gained, get_bank, merge
 from veneer.adapter.frozen import is_quantised, weight_of
@@ -20,30 +19,7 @@ from veneer.base.quiet import quiet_transformers
 from veneer.errors import AdapterStateError, BaseModelError, ConfigError
 from veneer.files import new_directory
 from veneer.formats.peft import load_adapter, new_tokens_of
-
-PROMPTS = (
-    "The capital of France is",
-    "Turn the message into JSON: my name is Anna, I live in Bremen and I owe 12.50 since March.",
-    "def fibonacci(n):\n    ",
-    "Once upon a time there was a fox who",
-)
-EXACT = 0.02
-"""Largest logit error of the exact route over the largest logit; float32 gives about 1e-6, bfloat16 about 1e-2."""
-
-
-@dataclass(frozen=True)
-class LogitError:
-    """Differences of the logits of two models over all positions of a few prompts.
-
-    `top1` is the share of positions at which both find the same token likeliest.
-    """
-
-    max: float
-    mean: float
-    top1: float
-
-    def __str__(self) -> str:
-        return f"logit error max {self.max:.2g}, mean {self.mean:.2g}, same top token {self.top1:.1%}"
+from veneer.formats.verify import EXACT, PROMPTS, LogitError, logit_error, logits
 
 
 @dataclass(frozen=True)
@@ -99,12 +75,12 @@ def merge_into_float(
             f"{gained[0]}: a merged checkpoint would lose them; use base and adapter unmerged"
         )
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    truth = _logits(model, ids)
+    truth = logits(model, ids)
     with new_directory(out) as folder:
         _save(merge(model), tokenizer, folder)
         del model, bank
         model, _ = load_base(folder, **options)  # what the file holds is what counts
-        exact = logit_error(_logits(model, ids), truth)
+        exact = logit_error(logits(model, ids), truth)
         if not exact.max <= EXACT * max(float(z.abs().max()) for z in truth):
             raise BaseModelError(f"the merged model is not the base with its adapter ({exact}): nothing was written")
         if requantise:
@@ -114,26 +90,19 @@ def merge_into_float(
             _save(model, tokenizer, folder)
     if requantise is None:
         return MergeReport(out, None, exact)
-    found = {"requantised": _logits(model, ids)}
+    found = {"requantised": logits(model, ids)}
     del model
     model, _ = load_base(base, quant=requantise, **options)
     if new_tokens := new_tokens_of(Path(adapter)):
         add_tokens(model, tokenizer, new_tokens)
-    found["alone"] = _logits(model, ids)
+    found["alone"] = logits(model, ids)
     load_adapter(model, adapter, force=force, trainable=False, tokenizer=tokenizer)
-    found["unmerged"] = _logits(model, ids)
+    found["unmerged"] = logits(model, ids)
     _merge_and_round(model, requantise)
-    found["naive"] = _logits(model, ids)
+    found["naive"] = logits(model, ids)
     near = {key: logit_error(found[key], found["unmerged"]) for key in ("requantised", "naive", "alone")}
     to_float = {key: logit_error(found[key], truth) for key in ("unmerged", "requantised", "naive")}
     return MergeReport(out, requantise, exact, near["requantised"], near["naive"], near["alone"], to_float)
-
-
-def logit_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> LogitError:
-    """Compare logits, one (T, V) tensor a prompt."""
-    error = torch.cat([(a - b).abs().flatten() for a, b in zip(found, wanted, strict=True)])
-    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(found, wanted, strict=True)])
-    return LogitError(float(error.max()), float(error.mean()), float(same.float().mean()))
 
 
 def _merge_and_round(model: nn.Module, quant: str) -> None:
@@ -153,11 +122,6 @@ def _merge_and_round(model: nn.Module, quant: str) -> None:
         linear.bias = base.bias
         layer.base_layer = quantised_linear(linear, quant, model.dtype, weight.device)
     bank.routing.stack = {}
-
-
-@torch.inference_mode()
-def _logits(model: nn.Module, ids: Sequence[list[int]]) -> list[Tensor]:
-    return [model(input_ids=torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in ids]
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
