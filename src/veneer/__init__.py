@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from veneer.formats.adapter_file import swap_adapter
     from veneer.formats.combine import combine
     from veneer.formats.exchange import export_adapter, export_merged, import_adapter
+    from veneer.formats.extract import extract
+    from veneer.formats.merge_stream import merge_checkpoint
     from veneer.formats.merged import merge_into_float
     from veneer.formats.peft import load_adapter, save_adapter
-    from veneer.formats.reduced import reduce_adapter
+    from veneer.formats.resize import diff, resize
     from veneer.interop.accelerate import accelerate, decelerate
     from veneer.interop.from_peft import from_peft
     from veneer.plan.explain import explain
@@ -49,6 +51,8 @@ _WHERE = {
     "read_examples": "data.load",
     "prepare": "data.prepare",
     "VeneerError": "errors",
+    "extract": "formats.extract",
+    "merge_checkpoint": "formats.merge_stream",
     "combine": "formats.combine",
     "export_adapter": "formats.exchange",
     "export_merged": "formats.exchange",
@@ -56,7 +60,8 @@ _WHERE = {
     "merge_into_float": "formats.merged",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
-    "reduce_adapter": "formats.reduced",
+    "resize": "formats.resize",
+    "diff": "formats.resize",
     "accelerate": "interop.accelerate",
     "decelerate": "interop.accelerate",
     "from_peft": "interop.from_peft",

@@ -292,10 +292,10 @@ def test_merge_brings_new_tokens_along_and_refuses_biases_without_a_place(cli, m
     assert not (tmp_path / "biased").exists()
 
 
-def test_reduce_writes_a_smaller_adapter_and_shows_the_error(cli, trained, tmp_path):
-    done = cli("reduce", trained, "--rank", 2, "--out", tmp_path / "small")
+def test_resize_writes_a_smaller_adapter_and_shows_the_error(cli, trained, tmp_path):
+    done = cli("resize", trained, "--rank", 2, "--out", tmp_path / "small")
     assert done.code == 0 and "of all updates" in done.out and "worst" in done.out, done.err
     assert json.loads(cli("info", tmp_path / "small", "--json").out)["ranks"] == [2]
     assert cli("generate", tmp_path / "small", "--prompt", "hi", "--max-new-tokens", 2).code == 0
-    done = cli("reduce", trained, "--rank", 2, "--out", tmp_path / "small")
+    done = cli("resize", trained, "--rank", 2, "--out", tmp_path / "small")
     assert done.code == 2 and done.err.count("error:") == 1 and "exists" in done.err

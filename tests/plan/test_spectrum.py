@@ -104,7 +104,7 @@ def test_every_layer_against_its_dense_update(name, options, tmp_path):
     assert order == sorted(order, reverse=True)
 
 
-def test_the_rank_that_keeps_99_percent_is_what_reduce_loses(tmp_path):
+def test_the_rank_that_keeps_99_percent_is_what_resize_loses(tmp_path):
     bank = trained(BY_NAME["Llama"].model(), AdapterConfig(rank=6), tmp_path / "adapter")
     with torch.no_grad():  # a falling spectrum
         for name, parameter in bank.parameters("default").items():
@@ -115,7 +115,7 @@ def test_the_rank_that_keeps_99_percent_is_what_reduce_loses(tmp_path):
     summary = found.summary()
     rank = summary["rank_99"]
     assert 1 < rank <= summary["rank_99_each"] < 6
-    lost = {r: veneer.reduce_adapter(tmp_path / "adapter", tmp_path / f"r{r}", r).total ** 2 for r in (rank - 1, rank)}
+    lost = {r: veneer.resize(tmp_path / "adapter", tmp_path / f"r{r}", rank=r).error ** 2 for r in (rank - 1, rank)}
     assert lost[rank] <= 0.01 < lost[rank - 1]
     assert 1 - found.energy_kept[rank - 1] == pytest.approx(lost[rank], rel=1e-3)
 

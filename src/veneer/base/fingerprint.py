@@ -122,6 +122,8 @@ def _anchors(model: nn.Module) -> dict[str, list[float]]:
     found = {}
     small = []
     for name, parameter in _own(model).items():
+        if parameter.is_meta:
+            continue
         if id(parameter) in large:
             found[_plain_name(name)] = _values(parameter.numel(), parameter, ANCHORS)
         elif parameter.ndim == 1 and parameter.is_floating_point():
@@ -136,7 +138,7 @@ def _values(numel: int, weight: Tensor | None, each: int) -> list[float | None]:
     """Values at fixed places of a flattened weight; as many None if there is no float weight."""
     step = max(1, numel // (each + 1))
     places = range(step // 2, numel, step)[:each]
-    if weight is None:
+    if weight is None or weight.is_meta:  # quantised, or not held by the model
         return [None] * len(places)
     taken = weight.detach().reshape(-1)[step // 2 :: step][:each].float().cpu()
     return [float(f"{value:.4g}") for value in taken.tolist()]

@@ -15,15 +15,17 @@ from veneer.cli import (
     chat,
     combine,
     data,
+    diff,
     evaluate,
     explain,
     export,
+    extract,
     generate,
     import_,
     info,
     init,
     merge,
-    reduce,
+    resize,
     train,
 )
 from veneer.errors import VeneerError
@@ -48,7 +50,9 @@ app.command("combine")(combine.command)
 app.command("export")(export.command)
 app.command("import")(import_.command)
 app.command("bench")(bench.command)
-app.command("reduce")(reduce.command)
+app.command("extract")(extract.command)
+app.command("resize")(resize.command)
+app.command("diff")(diff.command)
 app.command("init")(init.command)
 app.command("info")(info.command)
 
