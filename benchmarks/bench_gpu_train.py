@@ -95,13 +95,16 @@ def veneer_step(shape: str, precision: str, lengths: list[int], mode: str):
     from veneer.training.accelerate import Accelerated
     from veneer.training.flat import FlatOptimizer
     from veneer.training.forward import RowModel
+    from veneer.training.graphs import RowGraphs
 
     model = build(shape, precision)
     bank = veneer.attach(model, veneer.AdapterConfig(rank=16, alpha=32), seed=0)
     model.train()
-    optimizer = FlatOptimizer(bank.parameters("default"), veneer.OptimConfig(lr=1e-4))
+    options = veneer.OptimConfig(lr=1e-4, micro_batch_tokens=sum(lengths))
+    optimizer = FlatOptimizer(bank.parameters("default"), options)
     rows_of = RowModel(model)
     fast = Accelerated(model, modes=mode, dynamic=len(set(lengths)) > 1, note=lambda text: print(text, file=sys.stderr))
+    graphs = RowGraphs(rows_of, fast, options, lambda text: print(text, file=sys.stderr))
     random = np.random.default_rng(0)
     examples = [
         TokenizedExample(random.integers(5, model.config.vocab_size - 5, n).astype(np.int32), np.ones(n, bool))
@@ -114,10 +117,9 @@ def veneer_step(shape: str, precision: str, lengths: list[int], mode: str):
         optimizer.zero_grad()
         for row in rows:
             fast.start()
-            with rows_of.row(row) as loss:
-                (loss / supervised).backward()
+            loss = graphs.backward(row, 1 / supervised)
         optimizer.step()
-        return loss.detach()
+        return loss
 
     step.contexts = rows_of.attention(), fast  # held with the step: a dropped context would end
     for context in step.contexts:
