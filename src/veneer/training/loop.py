@@ -228,7 +228,9 @@ class Trainer:
             if self._interrupted:
                 return None
             self.fast.start(unchanged=bool(losses))
-            losses.append(self.graphs.backward(row, 1 / supervised))  # read after the last row: the device need not wait
+            losses.append(
+                self.graphs.backward(row, 1 / supervised)
+            )  # read after the last row: the device need not wait
         loss = float(sum(losses)) / supervised
         self._check_finite(loss, state.step + 1, indices, examples)
         if self.adalora:
