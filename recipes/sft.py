@@ -23,7 +23,7 @@ def main(steps: int = 20, batch_size: int = 16, lr: float = 1e-3) -> None:
     parameters = bank.parameters("default")
     optimizer = make_optimizer(parameters, OptimConfig(lr=lr))
 
-    data = veneer.prepare(veneer.read_examples("bundled"), tokenizer, content_hash="bundled", cache_dir=None)
+    data = veneer.prepare(veneer.read_examples("bundled"), tokenizer)
     order = np.random.default_rng(0).permutation(len(data))
     rows_of = RowModel(model)
     rows_of.check([data[i] for i in range(8)])  # packed rows give the model's own loss, or packing is switched off

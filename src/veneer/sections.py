@@ -9,6 +9,26 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from veneer.errors import ConfigError
 
+ELSEWHERE = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "init_lora_weights": "init",
+    "layers_to_transform": "layers",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "lr_scheduler_type": "schedule",
+    "gradient_checkpointing": "checkpointing",
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "output_dir": "out",
+}
+"""What other tools call a key → its name here."""
+
 
 class Section(BaseModel):
     """Base of the configuration classes: unknown keys are errors, and errors are `ConfigError`."""
@@ -50,7 +70,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        same = [ELSEWHERE[path[-1]]] if ELSEWHERE.get(path[-1]) in known else []
+        near = same or difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown configuration key {'.'.join(path)!r}; {hint}{more}"
     if first["type"] == "missing":

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from veneer.data.example import Example, TokenizedExample
 from veneer.data.mask import double_bos, fit_length, tokenize_batch
 from veneer.data.template import render
-from veneer.errors import DataError
+from veneer.errors import ConfigError, DataError
 from veneer.files import write_text
 
 FORMAT = 1
@@ -84,19 +84,21 @@ def prepare(
     examples: Iterable[Example],
     tokenizer: Any,
     *,
-    content_hash: str,
-    cache_dir: Path | None,
+    content_hash: str | None = None,
+    cache_dir: Path | None = None,
     train_on: str = "assistant",
     max_length: int = 2048,
     on_long: str = "truncate",
     progress: Callable[[int], None] | None = None,
 ) -> PreparedData:
-    """Tokenise and mask `examples`, whose content `content_hash` names; `cache_dir` None keeps nothing.
+    """Tokenise and mask `examples`. With a `cache_dir` the result is kept there under `content_hash`, their content's.
 
     A finished preparation is read back without tokenising; an interrupted one goes on at its next shard. Raises
     `TemplateError` (an example that cannot be masked exactly) and `DataError` (nothing supervised at all).
     """
-    key = cache_key(tokenizer, content_hash, train_on, max_length, on_long)
+    if cache_dir and not content_hash:
+        raise ConfigError("cache_dir needs content_hash: what would tell one data set from another there")
+    key = cache_key(tokenizer, content_hash or uuid.uuid4().hex, train_on, max_length, on_long)
     folder = cache_dir / key if cache_dir else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
