@@ -65,6 +65,30 @@ def test_a_swap_changes_the_factors_and_no_address(saved, tmp_path):
     )
 
 
+def test_a_swap_compiles_nothing_anew(saved):
+    model, counted = tiny_llama(), 0
+
+    def backend(graph, inputs):
+        nonlocal counted
+        counted += 1
+        return graph.forward
+
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=4), name="slot")
+    veneer.reserve(bank, "slot", 8)
+    block, x = model.model.layers[0].mlp, torch.randn(3, 36, generator=torch.Generator().manual_seed(0))
+    compiled, seen = torch.compile(block, backend=backend), []
+    counts = []
+    with torch.no_grad():
+        for name in (None, *saved):
+            if name:
+                veneer.swap_adapter(model, saved[name][0], name="slot")
+            seen.append(compiled(x))
+            torch.testing.assert_close(seen[-1], block(x))
+            counts.append(counted)
+    assert counts[0] > 0 and counts == [counts[0]] * 3
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(seen, seen[1:]))
+
+
 def test_what_a_slot_cannot_hold_is_refused_and_leaves_it_as_it_was(saved, tmp_path):
     model = tiny_llama()
     bank = veneer.attach(model, veneer.AdapterConfig(rank=4, target_modules=["q_proj", "down_proj"]), name="slot")

@@ -21,8 +21,8 @@ from veneer.base.load import load_base
 from veneer.base.quant import EXTRAS, quantised_linear
 from veneer.config import Quant
 from veneer.errors import AdapterStateError, BaseModelError, ConfigError, TargetError, WrongBaseError
-from veneer.formats.merged import PROMPTS, logit_error
 from veneer.formats.peft import base_record
+from veneer.formats.verify import PROMPTS, logit_error
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "tie_word_embeddings": False}
 """Widths that NF4's blocks of 64 divide."""

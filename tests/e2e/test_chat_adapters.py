@@ -51,27 +51,87 @@ def test_commands_set_the_stack(two, model_dir):
         ("/stack one=x", "'x' is not a number"),
         ("/weight one inf", "finite"),
         ("/add /nowhere", "nowhere"),
-        (f"/add {two / 'one'}", "already has an adapter 'one'"),
+        (f"/add {two / 'one'} one", "already has an adapter 'one'"),
     ):
         with pytest.raises(VeneerError, match=word):
             adapters.run(line)
         assert bank.active == {"other": 0.5}, line
 
 
-def test_in_the_chat(cli, trained, two, monkeypatch):
-    lines = [
-        "/adapters",
-        "hello",
-        "/use one",
-        "hello",
-        "/off",
-        "hello",
-        "/use nobody",
-        "/stack one=0.5 default=1",
-        "/quit",
-    ]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    done = cli("chat", trained, "--adapter", two / "one", "--max-new-tokens", 3, "--force")
+@pytest.fixture
+def loud(tmp_path, model_dir):
+    """An adapter that says something else than the base, and the answers to "hello" at several weights of it."""
+    model, tokenizer = veneer.load_base(model_dir)
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=3, alpha=6), seed=5)
+    for parameter in bank.parameters("default").values():
+        torch.nn.init.normal_(parameter.data, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    folder = veneer.save_adapter(model, tmp_path / "my adapters" / "loud one")
+    answers, hello = {}, [{"role": "user", "content": "hello"}]
+    for weight in (0, 1, 0.5, -2):
+        bank.activate({"default": weight})
+        answers[weight] = "".join(veneer.stream(model, tokenizer, hello, max_new_tokens=6)) + "\n"
+    return folder, answers
+
+
+@pytest.fixture
+def chat(cli, monkeypatch):
+    """`chat([what, to, chat, with], *lines)`: talk, with a /reset after each line that is no command."""
+
+    def run(arguments, *lines):
+        script = [line if line.startswith("/") else f"{line}\n/reset" for line in lines]
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(script)))
+        return cli("chat", *arguments, "--max-new-tokens", 6)
+
+    return run
+
+
+def test_adapters_change_while_it_runs(chat, trained, loud):
+    folder, answers = loud
+    assert len(set(answers.values())) == 4
+    lines = ["/use loud-one", "hello", "/weight loud-one 0.5", "hello", "/stack run=0 loud-one=-2", "hello", "/off"]
+    done = chat([trained], f"/add {str(folder)!r}", *lines, "hello", "/adapters", "/quit")
+    assert done.code == 0 and "error" not in done.err, done.err
+    assert done.out == "".join(answers[w] for w in (1, 0.5, -2, 0))
+    said = [line.removeprefix("adapters: ") for line in done.err.splitlines() if line.startswith("adapters: ")]
+    assert said == ["run × 1, loud-one (off)", "run (off), loud-one × 1", "run (off), loud-one × 0.5",
+                    "run × 0, loud-one × -2", *["run (off), loud-one (off)"] * 2]  # fmt: skip
+
+
+def test_several_adapters_are_named_apart(chat, cli, trained, loud):
+    done = chat([trained, loud[0], trained], "/adapters", "/help")
     assert done.code == 0, done.err
-    assert "default × 1, one (off)" in done.err and "one × 1" in done.err and "default × 1, one × 0.5" in done.err
-    assert done.err.count("error:") == 1 and "nobody" in done.err
+    assert "adapters: run × 1, loud-one (off), run-2 (off)" in done.err
+    assert "/weight NAME W " in done.err and "/system TEXT " in done.err
+    assert cli("chat", trained, trained / "nothing").code == 2
+
+
+def test_an_adapter_is_added_to_a_bare_base(chat, model_dir, loud):
+    folder, answers = loud
+    done = chat(["--model", model_dir], "hello", "/compare", "/use a", f"/add {str(folder)!r} a", "/off", "hello",
+                "/use a", "hello", "/compare", "hello")  # fmt: skip
+    assert done.code == 0 and done.err.count("error:") == 1 and "no adapter is attached" in done.err, done.err
+    assert done.out == answers[0] * 2 + answers[1] + "base> " + answers[0] + "adapter> " + answers[1]
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("/use nobody", "no adapter 'nobody' here; there are: run"),
+        ("/use run run", "/use takes one name"),
+        ("/stack", "/stack takes names"),
+        ("/stack run=1 run=2", "twice"),
+        ("/stack run=nan", "not a finite number"),
+        ("/weight run", "/weight takes a name and a number"),
+        ("/weight nobody 0", "no adapter 'nobody'"),
+        ("/off now", "nothing more"),
+        ("/add nowhere", "no such run or adapter directory"),
+        ("/add 'nowhere", "No closing quotation"),
+        ("/add", "/add PATH [NAME]"),
+        ("/add {run} a.b", "use letters, digits"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_changes_nothing(chat, trained, line, words):
+    done = chat([trained], line.format(run=trained), "/adapters", "hello")
+    errors = [text for text in done.err.splitlines() if text.startswith("error:")]
+    assert done.code == 0 and len(errors) == 1 and words in errors[0], done.err
+    assert done.err.splitlines()[-1] == "adapters: run × 1" and done.out.endswith("\n")

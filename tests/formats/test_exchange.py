@@ -22,6 +22,7 @@ from veneer.formats.mlx import read_mlx, write_mlx
 from veneer.formats.portable import padded
 from veneer.formats.shape import base_shape
 from veneer.formats.torchtune import read_torchtune
+from veneer.formats.verify import verify_adapter
 from veneer.formats.vllm import RANKS, for_vllm
 
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55]])
@@ -299,6 +300,22 @@ def _halved_scaling(file):
     for path, f in file.layers.items():
         file.layers[path] = type(f)(f.lora_A, f.lora_B, f.scaling / 2)
     return file
+
+
+def test_a_merged_model_may_differ_by_its_own_rounding_only(tmp_path, model_dir, tokenizer):
+    adapter(tmp_path / "a")
+    model = tiny_llama()
+    veneer.load_adapter(model, tmp_path / "a")
+    veneer.merge(model).to(torch.float16).save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    paths = model_dir, tmp_path / "a", tmp_path / "merged"
+    found = verify_adapter(*paths, merged_as=torch.float16, device="cpu", dtype="float32")
+    assert 0 < found.error.max < 0.1 * found.effect.max
+    with pytest.raises(BaseModelError, match="allowed"):
+        verify_adapter(*paths, merged_as=torch.float32, device="cpu", dtype="float32")
+    adapter(tmp_path / "other", alpha=9)
+    with pytest.raises(BaseModelError, match="allowed"):
+        verify_adapter(model_dir, tmp_path / "other", paths[2], merged_as=torch.float16, device="cpu", dtype="float32")
 
 
 CONVERTER = """

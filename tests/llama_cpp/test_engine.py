@@ -88,15 +88,26 @@ def test_llama_cpp_says_what_veneer_says(made):
         llm.close()
 
 
-def test_the_quantised_file_takes_the_adapter_too(made):
-    """Over its own Q4_1 weights llama.cpp rounds activations to 8 bits: near, not equal."""
+def test_the_quantised_file_takes_the_adapter_too(made, monkeypatch):
+    """Over its own Q4_1 weights llama.cpp rounds activations to 8 bits: as near with the adapter as without it."""
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def plain_buffers():
+        """Without repacked weights: llama.cpp (2026-11) crashes in its AMX code on some virtual machines."""
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", plain_buffers)
     folder, adapter = made
     model, tokenizer = veneer.load_base(NAME, device="cpu")
     ids = prompt_ids(tokenizer, [{"role": "user", "content": QUESTIONS[3]}])
     alone = ours(model, ids)[1]
     veneer.load_adapter(model, adapter, trainable=False)
-    wanted = ours(model, ids)[1]
-    llm = engine(folder / CATALOG[NAME].member, folder / "adapter.gguf")
-    error, effect = (theirs(llm, ids)[1] - wanted).abs().mean(), (alone - wanted).abs().mean()
-    llm.close()
-    assert error < 0.1 * effect
+    wanted, found = ours(model, ids)[1], []
+    for file in (None, folder / "adapter.gguf"):
+        llm = engine(folder / CATALOG[NAME].member, file)
+        found.append(theirs(llm, ids)[1])
+        llm.close()
+    rounding, error, effect = (float(x.abs().mean()) for x in (found[0] - alone, found[1] - wanted, alone - wanted))
+    assert error < 1.5 * rounding and error < effect / 3

@@ -101,7 +101,7 @@ def swap(bank: Bank, name: str, source: Source | Tensor) -> None:
 def _slot(bank: Bank, name: str) -> Slot:
     bank.check(name)
     if name not in bank.slots:
-        raise AdapterStateError(f"adapter {name!r} is no slot: bank.reserve({name!r}, rank) first")
+        raise AdapterStateError(f"adapter {name!r} is no slot: veneer.reserve(bank, {name!r}, rank) first")
     if bank.merged is not None:
         raise AdapterStateError("adapters are merged into the base: unmerge() first")
     return bank.slots[name]

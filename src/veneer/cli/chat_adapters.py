@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
+from veneer.cli.common import locate
 from veneer.errors import ConfigError
 
 HELP = {
@@ -29,19 +32,30 @@ class Adapters:
 
     def run(self, line: str) -> str | None:
         """The answer to a command; None if the line is none of these commands."""
-        command, *words = line.split()
+        command, _, rest = line.partition(" ")
         commands: dict[str, Callable[[list[str]], None]] = {
             "/use": self._use,
             "/stack": self._stack,
             "/weight": self._weight,
-            "/off": lambda words: self._bank().activate(None),
-            "/adapters": lambda words: None,
+            "/off": self._off,
+            "/adapters": self._list,
             "/add": self._add,
         }
         if command not in commands:
             return None
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise ConfigError(f"{command}: {error}") from None
         commands[command](words)
         return self._described()
+
+    @property
+    def bank(self) -> Any:
+        """The model's bank; None while it has no adapter."""
+        from veneer.adapter.attach import BANK
+
+        return self.model.__dict__.get(BANK)
 
     def _bank(self) -> Any:
         from veneer.adapter.attach import get_bank
@@ -53,6 +67,14 @@ class Adapters:
         parts = [f"{name} × {bank.active[name]:g}" if name in bank.active else f"{name} (off)" for name in bank.names]
         return "adapters: " + ", ".join(parts)
 
+    def _off(self, words: list[str]) -> None:
+        self._list(words)
+        self._bank().activate(None)
+
+    def _list(self, words: list[str]) -> None:
+        if words:
+            raise ConfigError("/off and /adapters take nothing more")
+
     def _use(self, words: list[str]) -> None:
         if len(words) != 1:
             raise ConfigError("/use takes one name: /use NAME")
@@ -62,6 +84,8 @@ class Adapters:
         pairs = [word.partition("=") for word in words]
         if not pairs or any(not name for name, _, _ in pairs):
             raise ConfigError("/stack takes names with weights: /stack A=0.7 B=0.3")
+        if len({name for name, _, _ in pairs}) < len(pairs):
+            raise ConfigError("/stack names an adapter twice")
         self._bank().activate({name: _number(value) if equals else 1.0 for name, equals, value in pairs})
 
     def _weight(self, words: list[str]) -> None:
@@ -77,19 +101,29 @@ class Adapters:
             raise ConfigError("/add takes a path and, if wanted, a name: /add PATH [NAME]")
         self.add(*words)
 
-    def add(self, path: str, name: str | None = None) -> None:
+    def add(self, path: str | Path, name: str | None = None) -> None:
         """Load a further adapter; who acted goes on alone, and a first adapter acts at once."""
-        from veneer.adapter.attach import BANK
-        from veneer.cli.common import locate
         from veneer.formats.peft import load_adapter
 
-        folder, _ = locate(Path(path).expanduser())
-        bank = self.model.__dict__.get(BANK)
+        path, bank = Path(path).expanduser(), self.bank
         before = bank.active if bank is not None else None
+        name = name or name_for(path, bank.names if bank is not None else ())
         options = {"force": self.force, "trainable": False, "tokenizer": self.tokenizer}
-        loaded = load_adapter(self.model, folder, name=name or Path(path).name, **options)
+        loaded = load_adapter(self.model, locate(path)[0], name=name, **options)
         if before is not None:
             loaded.activate(before)
+        self.model.eval()
+
+
+def name_for(path: Path, taken: Container[str] = ()) -> str:
+    """What to call an adapter: as its run's directory, or its own; with a number where that is taken."""
+    adapter, run = locate(path)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", (run or adapter).resolve().name).strip("-") or "adapter"
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}-{number}"
+    return found
 
 
 def _number(text: str) -> float:

@@ -58,7 +58,14 @@ def locate(path: Path) -> tuple[Path, Path | None]:
 
 
 def open_adapter(
-    path: Path, model: str | None, *, device: str, dtype: str, force: bool, quant: str | None = None
+    path: Path,
+    model: str | None,
+    *,
+    device: str,
+    dtype: str,
+    force: bool,
+    quant: str | None = None,
+    name: str = "default",
 ) -> Opened:
     """Load an adapter on its base (`model` overrides which), quantised as its run was (`quant` overrides how)."""
     from veneer.base.load import load_base
@@ -72,7 +79,7 @@ def open_adapter(
     base, tokenizer = load_base(
         model or base_of(adapter), device=device, dtype=dtype, quant=quant, chat_template=template
     )
-    load_adapter(base, adapter, force=force, trainable=False, tokenizer=tokenizer)
+    load_adapter(base, adapter, name=name, force=force, trainable=False, tokenizer=tokenizer)
     base.eval()
     return Opened(base, tokenizer, adapter, run)
 

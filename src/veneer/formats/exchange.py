@@ -152,7 +152,7 @@ def export_merged(
             convert(script, folder / "merged", built, out_type)
         found = None
         if verify:
-            found = verify_adapter(base, adapter, built, force=force, merged=True, **options)
+            found = verify_adapter(base, adapter, built, force=force, merged_as=TYPES[out_type], **options)
         return Exchanged(Path(out), len(source.layers), _rank(source), found)
 
 

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from veneer.errors import AdapterFormatError, BaseModelError, ConfigError
 from veneer.formats.gguf import EMBEDDING, read_factors
 
 CONVERTER = "convert_hf_to_gguf.py"
-TYPES = ("f32", "f16", "bf16")
+TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def find_converter(path: str | Path | None) -> Path | None:

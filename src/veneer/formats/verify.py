@@ -85,12 +85,13 @@ def verify_adapter(
     result: str | Path,
     *,
     force: bool = False,
-    merged: bool = False,
+    merged_as: torch.dtype | None = None,
     **options: Any,
 ) -> Verified:
-    """Logits of base + adapter against those of base + `result` (an adapter), or of `result` alone (a merged model).
+    """Logits of base + adapter against those of base + `result`, an adapter; or, with `merged_as`, of `result` alone.
 
-    `options` go to `load_base`. Raises `BaseModelError` where they differ, and what loading raises.
+    `merged_as` is the dtype in which a merged model's weights are stored, whose rounding is allowed. `options` go to
+    `load_base`. Raises `BaseModelError` where the logits differ, and what loading raises.
     """
     model, tokenizer = load_base(base, **options)
     load_adapter(model, adapter, force=force, trainable=False, tokenizer=tokenizer)
@@ -99,11 +100,12 @@ def verify_adapter(
     with get_bank(model).disabled():
         alone = logits(model, ids)
     detach(model)
-    if merged:
+    if merged_as:
         model, _ = load_base(result, **options)
     else:
         load_adapter(model, result, force=force, trainable=False, tokenizer=tokenizer)
-    return check(logits(model, ids), wanted, alone, model.dtype)
+    exact = model.dtype == torch.float32 and merged_as in (None, torch.float32)
+    return check(logits(model, ids), wanted, alone, torch.float32 if exact else torch.bfloat16)
 
 
 def effect_of(base: str | Path, adapter: str | Path, *, force: bool = False, **options: Any) -> LogitError:

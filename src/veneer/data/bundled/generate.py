@@ -80,6 +80,24 @@ def fields(schema: str, values: Values) -> tuple[dict, dict]:
     return answer, {"cue": cue}
 
 
+def written(schema: str, template: str, values: Values) -> tuple[str, dict]:
+    """A message of a template with drawn values, and its answer."""
+    answer, extra = fields(schema, values)
+    if template.startswith("~"):
+        left_out, template = template[1:].split(" ", 1)
+        answer[left_out] = None
+    slots = answer | extra
+    slots |= {name.capitalize(): slots[name][0].upper() + slots[name][1:] for name in ("speed", "cue") if name in slots}
+    slots |= {"cue": slots["cue"][0].lower() + slots["cue"][1:]} if "cue" in slots else {}
+    return template.format(**slots), answer
+
+
+def chat(system: str, user: str, assistant: str) -> dict:
+    """One example in the messages format."""
+    turns = {"system": system, "user": user, "assistant": assistant}
+    return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
+
+
 def examples(split: str) -> Iterator[dict]:
     """The split's examples: schemas and templates in turn, in a shuffled order, no message twice."""
     rng = random.Random(f"veneer messages_to_json {split}")
@@ -88,28 +106,13 @@ def examples(split: str) -> Iterator[dict]:
         schema = list(SYSTEM)[len(found) % len(SYSTEM)]
         templates = TEMPLATES[split][schema]
         template = templates[len(found) // len(SYSTEM) % len(templates)]
-        answer, extra = fields(schema, values)
-        if template.startswith("~"):
-            left_out, template = template[1:].split(" ", 1)
-            answer[left_out] = None
-        slots = answer | extra
-        slots |= {
-            name.capitalize(): slots[name][0].upper() + slots[name][1:] for name in ("speed", "cue") if name in slots
-        }
-        slots |= {"cue": slots["cue"][0].lower() + slots["cue"][1:]} if "cue" in slots else {}
-        message = template.format(**slots)
+        message, answer = written(schema, template, values)
         if message not in seen:
             seen.add(message)
             found.append((schema, message, answer))
     rng.shuffle(found)
     for schema, message, answer in found:
-        yield {
-            "messages": [
-                {"role": "system", "content": SYSTEM[schema]},
-                {"role": "user", "content": message[0].upper() + message[1:]},
-                {"role": "assistant", "content": json.dumps(answer, ensure_ascii=False)},
-            ]
-        }
+        yield chat(SYSTEM[schema], message[0].upper() + message[1:], json.dumps(answer, ensure_ascii=False))
 
 
 def text(split: str) -> str:
