@@ -13,13 +13,13 @@ test:
 	@$(VENV)/bin/ruff check src tests benchmarks recipes
 	@$(VENV)/bin/ruff format --check src tests benchmarks recipes
 	@$(VENV)/bin/python -m veneer.data.bundled.generate --check
-	@$(VENV)/bin/python -m pytest -n $${VENEER_TEST_WORKERS:-2} --dist loadfile -m "not gpu"
+	@$(VENV)/bin/python -m pytest -n $${VENEER_TEST_WORKERS:-2} --dist loadfile -m "not gpu and not llama_cpp"
 
 # llama.cpp itself runs what Veneer exports: builds llama-cpp-python (C++, about 10 minutes) into a folder of its own.
 LLAMA_CPP ?= .llama-cpp
 test-llama-cpp: $(LLAMA_CPP)/llama_cpp
 	@scripts/install.sh $(VENV) test
-	@PYTHONPATH=$(LLAMA_CPP) $(VENV)/bin/python -m pytest -m llama_cpp tests/llama_cpp
+	@PYTHONPATH=$(LLAMA_CPP) $(VENV)/bin/python -m pytest -m llama_cpp tests/engine
 
 $(LLAMA_CPP)/llama_cpp:
 	@scripts/install.sh $(VENV) test
