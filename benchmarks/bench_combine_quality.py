@@ -5,9 +5,9 @@
     python benchmarks/bench_combine_quality.py --table docs/combine.md       # from the results, nothing is run
 
 Trains an adapter for each task of `combine_tasks.py`, combines three and all five with weight 1 each by every method at
-its default settings, and scores the results on held-out examples. All scores are of greedy answers: the share that is
-right to the last token; for pronunciations the share of tokens that are right after the right ones. PEFT's results are
-saved by PEFT and loaded like Veneer's own. What is in --cache already is not made again.
+its default settings, and scores the results on held-out examples. A task's score is the share of fields (expense, order),
+phonemes (pronounce) or answers (category, lemma) whose every token is the model's first choice, given the right ones
+before it. PEFT's results are saved by PEFT and loaded like Veneer's own. What is in --cache already is not made again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ SETS = {
     "3 tasks": ("expense", "pronounce", "category"),
     "5 tasks": ("expense", "pronounce", "category", "order", "lemma"),
 }
-PARTIAL = "pronounce"
 METHODS = (
     "cat", "svd", "linear", "ties", "dare-linear", "dare-ties", "della-linear", "della", "magnitude-prune", "breadcrumbs",
     "breadcrumbs-ties", "knots", "core", "tsv", "iso-c",
@@ -53,31 +52,40 @@ START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 class Scorer(RowModel):
     """Notes for each supervised token whether it is the model's first choice; the loss as usual."""
 
-    right: list[torch.Tensor]
+    def __init__(self, model, tokenizer) -> None:
+        super().__init__(model)
+        texts = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        self.end = tokenizer.eos_token_id
+        self.comma = torch.tensor(["," in text for text in texts])
+        self.space = torch.tensor([text.startswith("Ġ") for text in texts])
 
     def _head_loss(self, hidden, targets):
         logits = output_head(self.model)(hidden).float()
-        self.right.append(torch.stack([logits.argmax(-1) == targets, targets == self.end]))
+        self.seen.append((logits.argmax(-1) == targets, targets))
         return F.cross_entropy(logits, targets, reduction="sum")
 
     @torch.no_grad()
-    def score(self, data) -> dict[str, float]:
-        """Exact matches and right tokens (shares), and nats per token, over examples with one answer each."""
-        self.right, loss, exact = [], 0.0, []
+    def score(self, task: str, data) -> dict[str, float]:
+        """Shares of parts, whole answers and tokens that are right, and nats per token; one answer an example.
+
+        Parts are the fields of an object and the phonemes of a word; elsewhere the answer is one part.
+        """
+        self.seen, loss = [], 0.0
         with self.attention():
             for row in self.pack([data[i] for i in range(len(data))], 1024, True):
                 with self.row(row) as part:
                     loss += float(part)
-        for right, ends in self.right:
-            parts = right.tensor_split((ends.nonzero().flatten() + 1).cpu())
-            exact += [bool(part.all()) for part in parts if len(part)]
-        assert len(exact) == len(data), "an answer without its end-of-turn token"
-        tokens = torch.cat([right for right, _ in self.right])
-        return {
-            "exact": sum(exact) / len(exact),
-            "tokens": float(tokens.float().mean()),
-            "loss": loss / len(tokens),
-        }
+        right, targets = (torch.cat(both) for both in zip(*self.seen))
+        after_end = (targets == self.end).roll(1)
+        begins = {"expense": self.comma[targets].roll(1), "order": self.comma[targets].roll(1)}
+        begins["pronounce"] = self.space[targets]
+        answers, parts = (
+            [bool(piece.all()) for piece in right.tensor_split(cut[cut > 0])]
+            for cut in ((after_end | more).nonzero().flatten() for more in (after_end, begins.get(task, after_end)))
+        )
+        assert len(answers) == len(data), "an answer without its end-of-turn token"
+        shares = {name: sum(found) / len(found) for name, found in (("parts", parts), ("exact", answers))}
+        return shares | {"tokens": float(right.float().mean()), "loss": loss / len(right)}
 
 
 class Bench:
@@ -94,8 +102,7 @@ class Bench:
         for name, (_, heldout) in self.files.items():
             examples = veneer.read_examples(heldout)
             self.data[name] = veneer.prepare(examples, tokenizer, content_hash="", cache_dir=None)
-        self.scorer = Scorer(self.model)
-        self.scorer.end = tokenizer.eos_token_id
+        self.scorer = Scorer(self.model, tokenizer)
         self.kept_in = self.cache / "scores.json"
         self.kept = json.loads(self.kept_in.read_text()) if self.kept_in.exists() else {}
 
@@ -126,7 +133,7 @@ class Bench:
         made = time.monotonic() - began
         if folder is not None:
             veneer.load_adapter(self.model, folder, name="one", trainable=False)
-        self.kept[key] = {task: self.scorer.score(self.data[task]) for task in tasks}
+        self.kept[key] = {task: self.scorer.score(task, self.data[task]) for task in tasks}
         if folder is not None:
             get_bank(self.model).remove("one")
         self.kept_in.write_text(json.dumps(self.kept, indent=1) + "\n")
@@ -152,11 +159,6 @@ def with_peft(paths: dict[str, Path], kind: str, density: float | None, out: Pat
     (out.parent / "out").rename(out)
 
 
-def value(task: str, scores: dict[str, float]) -> float:
-    """A task's score, 0 to 1."""
-    return scores["tokens" if task == PARTIAL else "exact"]
-
-
 def run(options: argparse.Namespace) -> dict:
     """All scores, and of each combination the mean share of the single adapters' scores that it keeps."""
     bench = Bench(options)
@@ -167,8 +169,8 @@ def run(options: argparse.Namespace) -> dict:
     def row(group: str, who: str, method: str, make: Callable[[Path], None]) -> None:
         tasks = SETS[group]
         scores = bench.scores(f"{group} {who} {method}", tasks, make)
-        share = {t: value(t, scores[t]) / value(t, single[t]) for t in tasks}
-        gain = [(value(t, scores[t]) - value(t, base[t])) / (value(t, single[t]) - value(t, base[t])) for t in tasks]
+        share = {t: scores[t]["parts"] / single[t]["parts"] for t in tasks}
+        gain = [(scores[t]["parts"] - base[t]["parts"]) / (single[t]["parts"] - base[t]["parts"]) for t in tasks]
         rows.append(
             {
                 "set": group, "by": who, "method": method, "kept": sum(share.values()) / len(tasks),
@@ -197,7 +199,7 @@ def table(result: dict) -> str:
     """The tables of docs/combine.md."""
     lines = ["| task | base | its adapter |", "|---|---|---|"]
     for task, scores in result["single"].items():
-        lines.append(f"| {task} | {percent(value(task, result['base'][task]))} | {percent(value(task, scores))} |")
+        lines.append(f"| {task} | {percent(result['base'][task]['parts'])} | {percent(scores['parts'])} |")
     found = {(r["set"], r["by"], r["method"]): r["kept"] for r in result["rows"]}
     lines += ["", "| method | 3 tasks | 5 tasks | PEFT's | 3 tasks | 5 tasks |", "|---|---|---|---|---|---|"]
     for method in METHODS:
@@ -214,9 +216,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/combine_quality"))
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--heldout", type=int, default=48)
+    parser.add_argument("--threads", type=int, help="CPU threads; one is the fastest on a busy machine.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/combine_quality.json"))
     parser.add_argument("--table", type=Path, help="Write the table of --out into this file, between its marks.")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.table is None:
         result = run(options)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
