@@ -55,6 +55,17 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
+def test_parts_that_cancel_out_are_no_error(two, tmp_path):
+    report = combine([two[0], two[0]], tmp_path / "nothing", weights=[1, -1])
+    assert report.error == 0 and report.worst.size == 0
+    found = deltas(tmp_path / "nothing")
+    assert max(float(d.abs().max()) for d in found.values()) < 1e-12 * max(
+        float(d.abs().max()) for d in deltas(two[0]).values()
+    )
+    report = combine(two, weights=[1, 1e-6], method="svd", rank=1)
+    assert report.error > 0
+
+
 def test_cat_is_the_live_stack_in_veneer_and_in_peft(two, tmp_path):
     report = combine(two, tmp_path / "out", weights=WEIGHTS)
     stacked = put(put(tiny_llama(), "a", 1), "b", 2, **ODD)

@@ -61,12 +61,13 @@ def command(
     """Combine adapters of one base into one adapter, and say how far it is from their weighted sum."""
     import torch
 
-    from veneer.formats.combine import combine, parse_weights
+    from veneer.formats.combine import check_free, combine, parse_weights
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype is float32, bfloat16 or float16, not {dtype!r}")
     folders, console = [locate(path)[0] for path in adapters], Console(highlight=False)
     chosen = parse_weights(weights)
+    check_free(out)  # before a search that takes minutes
     settings = {"rank": rank, "density": density, "gamma": gamma, "epsilon": epsilon, "space": space, "like": like}
     options = {
         "method": method,

@@ -121,8 +121,8 @@ def combine(
     """
     chosen = plan(method, **settings)
     out = Path(out) if out is not None else None
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AdapterStateError(f"{out} exists and is not empty: choose another place")
+    if out is not None:
+        check_free(out)
     sources = [read_adapter(path) for path in adapters]
     check_bases(sources, force)
     result, report = combine_files(sources, chosen, weights, dtype=dtype, device=device)
@@ -131,6 +131,12 @@ def combine(
     result.provenance["combined"]["sources"] = [source_record(source.path) for source in sources]
     write_adapter(result, out)
     return replace(report, path=out)
+
+
+def check_free(out: Path) -> None:
+    """Raise `AdapterStateError` where something stands at `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AdapterStateError(f"{out} exists and is not empty: choose another place")
 
 
 def combine_files(
@@ -198,7 +204,7 @@ def layer_weights(weights: Weights, names: Sequence[str], count: int) -> dict[st
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
             raise ConfigError(f"weights {values!r} are not finite numbers")
         if not any(matches_pattern(pattern, name) for name in names):
-            raise ConfigError(f"weights pattern {pattern!r} matches no layer, first of which is {names[0]}")
+            raise ConfigError(f"weights pattern {pattern!r} matches no layer, first of which is {names[0]}: it must reach the name's end (.*)")
     found = {}
     for name in names:
         hit = next((pattern for pattern in patterns if matches_pattern(pattern, name)), None)
@@ -288,8 +294,12 @@ def _padded(part: Merged, rank: int) -> factors.Pair:
 
 
 def _measured(name: str, pairs: list[factors.Pair], sums: list[factors.Pair], lost: float) -> LayerResult:
+    """A layer's record; what float64 leaves of parts that cancel out counts as 0."""
     distance = math.hypot(*(factors.distance(pair, wanted) for pair, wanted in zip(pairs, sums)))
-    return LayerResult(name, pairs[0][0].shape[0], distance, math.hypot(*map(factors.norm, sums)), lost)
+    size = math.hypot(*map(factors.norm, sums))
+    noise = factors.NEGLIGIBLE * math.hypot(*(float(a.norm() * b.norm()) for a, b in sums))
+    distance, size = (0.0 if value <= noise else value for value in (distance, size))
+    return LayerResult(name, pairs[0][0].shape[0], distance, size, lost)
 
 
 def _fields(sources: Sequence[AdapterFile], names: list[str]) -> dict[str, Any]:
