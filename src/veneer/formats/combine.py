@@ -227,7 +227,7 @@ def check_bases(sources: Sequence[AdapterFile], force: bool = False) -> None:
             reason = f"{bases[0]} and {bases[1]}" if all(bases) and bases[0] != bases[1] else None
         if reason:
             raise WrongBaseError(
-                f"{one.path} and {other.path} are of different bases: {reason}; pass force=True (--force) to combine them "
+                f"{one.path} and {other.path} are of different bases: {reason}; pass force=True (--force) to use them "
                 f"all the same"
             )
 
