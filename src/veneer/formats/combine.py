@@ -204,7 +204,9 @@ def layer_weights(weights: Weights, names: Sequence[str], count: int) -> dict[st
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
             raise ConfigError(f"weights {values!r} are not finite numbers")
         if not any(matches_pattern(pattern, name) for name in names):
-            raise ConfigError(f"weights pattern {pattern!r} matches no layer, first of which is {names[0]}: it must reach the name's end (.*)")
+            raise ConfigError(
+                f"weights pattern {pattern!r} matches no layer to its name's end, first of which is {names[0]}"
+            )
     found = {}
     for name in names:
         hit = next((pattern for pattern in patterns if matches_pattern(pattern, name)), None)
