@@ -7,8 +7,8 @@
 Trains an adapter for each task of `combine_tasks.py`, combines three and all five with weight 1 each by every method at
 its default settings, and scores the results on held-out examples. A task's score is the share of fields (expense, order),
 phonemes (pronounce) or answers (category, lemma) whose every token is the model's first choice, given the right ones
-before it. Random methods are the mean of three seeds. PEFT's results are saved by PEFT and loaded like Veneer's own. What
-is in --cache already is not made again.
+before it. Random methods are the mean of three seeds (of five tasks: DARE and its twins in PEFT). PEFT's results are saved
+by PEFT and loaded like Veneer's own. What is in --cache already is not made again.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ PEFT = {
 """Veneer's method → PEFT's of the same kind."""
 DENSITY = {"ties": 0.2, "dare-linear": 0.5, "dare-ties": 0.5, "magnitude-prune": 0.5}
 TUNED, SEEDS = "cat, tuned", 3
+SEEDED = {"3 tasks": ("dare", "della"), "5 tasks": ("dare-", "dare_linear_svd", "dare_ties_svd")}
+"""How the random methods begin that are scored with several seeds."""
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -176,7 +178,7 @@ def run(options: argparse.Namespace) -> dict:
 
     def row(group: str, who: str, method: str, make: Callable[[int, Path], None]) -> None:
         tasks, kept, gains = SETS[group], [], []
-        seeds = SEEDS if method.startswith(("dare", "della")) else 1
+        seeds = SEEDS if method.startswith(SEEDED[group]) else 1
         for seed in range(seeds):
             key = f"{group} {who} {method}{f' seed {seed}' if seed else ''}"
             scores = bench.scores(key, tasks, lambda out, s=seed: make(s, out))
@@ -211,9 +213,15 @@ def tuned(paths: dict[str, Path], files: dict[str, tuple[Path, Path]], seed: int
     veneer.combine(folders, out, weights=found.weights, method="cat")
 
 
-def percent(number: float | None) -> str:
+def percent(number: float) -> str:
     """A share as text."""
-    return "" if number is None else f"{100 * number:.0f} %"
+    return f"{100 * number:.0f} %"
+
+
+def kept(row: dict) -> str:
+    """What a combination keeps, with the range over its seeds."""
+    draws = row.get("kept_by_seed")
+    return percent(row["kept"]) + (f" ({100 * min(draws):.0f} to {100 * max(draws):.0f})" if draws else "")
 
 
 def table(result: dict) -> str:
@@ -221,12 +229,12 @@ def table(result: dict) -> str:
     lines = ["| task | base | its adapter |", "|---|---|---|"]
     for task, scores in result["single"].items():
         lines.append(f"| {task} | {percent(result['base'][task]['parts'])} | {percent(scores['parts'])} |")
-    found = {(r["set"], r["by"], r["method"]): r["kept"] for r in result["rows"]}
+    found = {(r["set"], r["by"], r["method"]): kept(r) for r in result["rows"]}
     lines += ["", "| method | 3 tasks | 5 tasks | PEFT's | 3 tasks | 5 tasks |", "|---|---|---|---|---|---|"]
     for method in (*METHODS, TUNED):
-        ours = [percent(found.get((group, "veneer", method))) for group in SETS]
+        ours = [found.get((group, "veneer", method), "") for group in SETS]
         for i, kind in enumerate(PEFT.get(method, ("",))):
-            theirs = [percent(found.get((group, "peft", kind))) for group in SETS]
+            theirs = [found.get((group, "peft", kind), "") for group in SETS]
             cells = [*(ours if i == 0 else ("", "")), f"`{kind}`" if kind else "", *theirs]
             lines.append(f"| {method if i == 0 else ''} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

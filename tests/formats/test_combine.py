@@ -55,6 +55,14 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
+def test_progress_counts_layers_and_devices_are_checked(two):
+    seen = []
+    report = combine(two, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, len(report.layers)) for i in range(len(report.layers))]
+    with pytest.raises(ConfigError, match="device 'abacus'"):
+        combine(two, device="abacus")
+
+
 def test_parts_that_cancel_out_are_no_error(two, tmp_path):
     report = combine([two[0], two[0]], tmp_path / "nothing", weights=[1, -1])
     assert report.error == 0 and report.worst.size == 0

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from veneer.cli.common import Device, base_of, err, locate
 from veneer.errors import ConfigError
@@ -100,7 +101,13 @@ def command(
         )
         chosen = tuned.weights
         console.print(str(tuned), soft_wrap=True, markup=False)
-    report = combine(folders, out, weights=chosen, device=device, **options)
+    with Progress(TextColumn("layers"), BarColumn(), MofNCompleteColumn(), console=err, transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        report = combine(folders, out, weights=chosen, device=device, progress=progress, **options)
     console.print(str(report), soft_wrap=True, markup=False)
     if verify:
         from veneer.formats.combine_check import check_on_base
