@@ -63,6 +63,14 @@ def test_progress_counts_layers_and_devices_are_checked(two):
         combine(two, device="abacus")
 
 
+def test_small_ranks_in_a_common_basis_are_not_wiped_out(tmp_path):
+    """Of two updates of rank 1 the common basis has 4 values, of which the default density would keep none."""
+    paths = [saved(tmp_path / str(seed), tiny_llama(), seed, rank=1, alpha=1) for seed in (1, 2)]
+    report = combine(paths, tmp_path / "out", method="core")
+    assert all(float(d.abs().max()) > 0 for d in deltas(tmp_path / "out").values())
+    assert report.error < 0.95
+
+
 def test_parts_that_cancel_out_are_no_error(two, tmp_path):
     report = combine([two[0], two[0]], tmp_path / "nothing", weights=[1, -1])
     assert report.error == 0 and report.worst.size == 0
