@@ -35,7 +35,6 @@ from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
-from veneer.training.streamed import StreamedRows, check_adapters
 from veneer.training.state import (
     Progress,
     Trained,
@@ -46,6 +45,7 @@ from veneer.training.state import (
     saved_rows,
     tidy,
 )
+from veneer.training.streamed import StreamedRows, check_adapters
 
 Observer = Callable[[dict[str, Any]], None]
 
