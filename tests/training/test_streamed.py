@@ -23,7 +23,9 @@ from veneer.training.streamed import StreamedRows
 
 def examples(lengths, vocabulary=400):
     random = np.random.default_rng(0)
-    return [TokenizedExample(random.integers(1, vocabulary, n).astype(np.int32), random.random(n) < 0.7) for n in lengths]
+    return [
+        TokenizedExample(random.integers(1, vocabulary, n).astype(np.int32), random.random(n) < 0.7) for n in lengths
+    ]
 
 
 EXAMPLES = examples((20, 33, 7, 40))
@@ -115,7 +117,9 @@ def test_quantised_bases(tmp_path, tokenizer, where, quant):
     wanted = step(load_base(folder, device="cpu", quant=quant)[0], config)
     streamed = load_streamed(folder, where=where, device="cpu", quant=quant)[0]
     same(step(streamed, config), wanted)
-    again = step(load_streamed(folder, where=where, device="cpu", quant=quant)[0], veneer.AdapterConfig(rank=4, dropout=0.5))
+    again = step(
+        load_streamed(folder, where=where, device="cpu", quant=quant)[0], veneer.AdapterConfig(rank=4, dropout=0.5)
+    )
     assert all(torch.isfinite(grad).all() for grad in again[1].values())  # dropout calls bitsandbytes' own forward
 
 
@@ -170,7 +174,9 @@ def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=420, n_embd=36, n_layer=3, n_head=6, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        GPT2Config(
+            vocab_size=420, n_embd=36, n_layer=3, n_head=6, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
     )
 
 
@@ -227,9 +233,20 @@ def test_the_model_itself_runs_and_its_weights_are_the_hosts(llama_dir):
 
 def run(folder, data, out, **train):
     """A run's configuration."""
-    train = {"epochs": 2, "max_steps": 4, "batch_size": 6, "micro_batch_tokens": 64, "save_every": 2, "eval_every": 2} | train
+    train = {
+        "epochs": 2,
+        "max_steps": 4,
+        "batch_size": 6,
+        "micro_batch_tokens": 64,
+        "save_every": 2,
+        "eval_every": 2,
+    } | train
     return TrainConfig(
-        model=str(folder), data={"train": str(data), "heldout_fraction": 0.2}, out=str(out), device="cpu", train=train,
+        model=str(folder),
+        data={"train": str(data), "heldout_fraction": 0.2},
+        out=str(out),
+        device="cpu",
+        train=train,
         adapter={"rank": 4},
     )
 

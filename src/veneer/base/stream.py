@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -157,17 +158,18 @@ def leaves_of(module: nn.Module, dtype: torch.dtype, keep: Callable[[str], bool]
 def host_buffer(nbytes: int, device: torch.device) -> Tensor:
     """Bytes of host memory that `device` can copy from at full speed: pinned, and no more than asked for."""
     try:
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        array = np.empty(nbytes, np.uint8)
         if device.type == "cuda" and nbytes:  # torch's own pinned memory comes in powers of two
-            runtime, at = torch.cuda.cudart(), buffer.data_ptr()
+            torch.from_numpy(array).zero_()  # by all cores: pinning would make its pages one by one
+            runtime, at = torch.cuda.cudart(), array.ctypes.data
             if int(runtime.cudaHostRegister(at, nbytes, 0)):
-                raise RuntimeError("pinning failed")
-            weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, at)
-    except RuntimeError:
+                raise MemoryError
+            weakref.finalize(array, runtime.cudaHostUnregister, at).atexit = False
+    except MemoryError:
         raise BaseModelError(
             f"no {nbytes / 2**30:.1f} GiB of host memory are left for the streamed base: use stream: disk, or quant: nf4"
         ) from None
-    return buffer
+    return torch.from_numpy(array)
 
 
 def hold(leaves: list[Leaf], device: torch.device) -> Block:
@@ -187,26 +189,41 @@ def hold(leaves: list[Leaf], device: torch.device) -> Block:
 class Conveyor:
     """Brings blocks to the device ahead of their use, through `slots` buffers that are used in turns.
 
-    Block i is always in buffer i % slots, so what autograd or a compiled graph keeps of its weights is right again when
-    the block is brought back. On a GPU copies run on a stream of their own; files are read by a thread.
+    `resident` of the blocks, spread evenly, have a buffer of their own and are brought once. A block is always in the same
+    buffer, so what autograd or a compiled graph keeps of its weights is right again when the block is brought back. On a
+    GPU copies run on a stream of their own; files are read by a thread.
     """
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device, slots: int = SLOTS) -> None:
-        self.blocks, self.device, self.count = list(blocks), device, slots
+    def __init__(self, blocks: Sequence[Block], device: torch.device, slots: int = SLOTS, resident: int = 0) -> None:
+        self.blocks, self.device = list(blocks), device
         self.cuda = device.type == "cuda"
-        size = max(block.nbytes for block in blocks)
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
+        count = len(self.blocks)
+        stay = [i for i in range(count) if (i + 1) * resident // count > i * resident // count]
+        pass_by = [i for i in range(count) if i not in stay]
+        self.ahead = min(slots, len(pass_by)) - 1
+        """How many blocks are fetched ahead."""
+        self.slot_of = {i: n for n, i in enumerate(stay)} | {i: len(stay) + n % slots for n, i in enumerate(pass_by)}
+        self.stay = set(stay)
+        sizes = [0] * (max(self.slot_of.values()) + 1)
+        for i, slot in self.slot_of.items():
+            sizes[slot] = max(sizes[slot], self.blocks[i].nbytes)
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
         on_disk = any(block.flat is None for block in blocks)
-        self.stages = [host_buffer(size, device) for _ in range(slots)] if on_disk and device.type != "cpu" else []
+        staged = on_disk and device.type != "cpu"
+        self.stage = host_buffer(max(sizes), device) if staged else None
+        self.left_stage: Any = None
+        """The end of the last copy out of the staging buffer."""
         casts = max(block.cast_bytes for block in blocks)
         self.cast = torch.empty(casts, dtype=torch.uint8, device=device)
         self.stream = torch.cuda.Stream(device) if self.cuda else None
         self.worker = ThreadPoolExecutor(1) if on_disk or not self.cuda else None
-        self.holds: list[int | None] = [None] * slots
-        self.ready: list[Any] = [None] * slots
-        self.free: list[Any] = [None] * slots
+        self.holds: list[int | None] = [None] * len(sizes)
+        self.ready: list[Any] = [None] * len(sizes)
+        self.free = [torch.cuda.current_stream(device).record_event() if self.cuda else None for _ in sizes]
         self.copied = 0
         """Bytes brought so far."""
+        for block in self.blocks:
+            block.views.clear()  # another conveyor's
 
     @property
     def nbytes(self) -> int:
@@ -215,7 +232,7 @@ class Conveyor:
 
     def fetch(self, i: int) -> None:
         """Start bringing block i, unless it is there or on its way."""
-        slot = i % self.count
+        slot = self.slot_of[i]
         if self.holds[slot] == i:
             return
         self.holds[slot] = i
@@ -227,24 +244,24 @@ class Conveyor:
         block, source = self.blocks[i], self.blocks[i].flat
         target = self.slots[slot][: block.nbytes]
         if source is None:
-            source = self.stages[slot][: block.nbytes] if self.stages else target
-            if self.cuda and isinstance(self.ready[slot], torch.cuda.Event):
-                self.ready[slot].synchronize()  # the copy that last left this staging buffer
+            source = target if self.stage is None else self.stage[: block.nbytes]
+            if self.left_stage is not None:
+                self.left_stage.synchronize()
             block.read(source)
         if not self.cuda:
             if source is not target:
                 target.copy_(source)
             return None
         with torch.cuda.stream(self.stream):
-            if self.free[slot] is not None:
-                self.stream.wait_event(self.free[slot])
+            self.stream.wait_event(self.free[slot])
             target.copy_(source, non_blocking=True)
-            return self.stream.record_event()
+            self.left_stage = self.stream.record_event() if source is not block.flat else None
+            return self.left_stage or self.stream.record_event()
 
     def _arrive(self, i: int) -> list[Tensor]:
         """Block i's tensors on the device, once its copy is done."""
         self.fetch(i)
-        slot, block = i % self.count, self.blocks[i]
+        slot, block = self.slot_of[i], self.blocks[i]
         if isinstance(self.ready[slot], Future):
             self.ready[slot] = self.ready[slot].result()
         if self.ready[slot] is not None:
@@ -265,7 +282,7 @@ class Conveyor:
     def use(self, i: int, ahead: Iterable[int] = ()) -> Iterator[list[Tensor]]:
         """Block i on the device for the length of a block of code; the blocks that come next are fetched meanwhile."""
         views = self._arrive(i)
-        for _, j in zip(range(self.count - 1), ahead):
+        for _, j in zip(range(self.ahead), (j for j in ahead if j not in self.stay)):
             self.fetch(j)
         block = self.blocks[i]
         for leaf, view in zip(block.leaves, views):
@@ -276,7 +293,7 @@ class Conveyor:
         finally:
             block.put_home()
             if self.cuda:
-                self.free[i % self.count] = torch.cuda.current_stream(self.device).record_event()
+                self.free[self.slot_of[i]] = torch.cuda.current_stream(self.device).record_event()
 
     def close(self) -> None:
         """End the reading thread."""
@@ -300,10 +317,11 @@ class StreamedBase:
         device: torch.device,
         dtype: torch.dtype,
         slots: int = SLOTS,
+        resident: int = 0,
     ) -> None:
         self.model, self.modules, self.device, self.dtype = model, list(modules), device, dtype
-        self.conveyor = Conveyor(blocks, device, min(slots, len(blocks)))
-        self.head = Conveyor(head, device, min(2, len(head)))
+        self.conveyor = Conveyor(blocks, device, slots, resident)
+        self.head = Conveyor(head, device)
         self.forget: Callable[[], None] = lambda: None
         """Lets go of the pages of mapped files that were touched."""
         self.tuples: dict[int, int] = {}

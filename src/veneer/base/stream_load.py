@@ -48,12 +48,14 @@ def load_streamed(
     chat_template: str | Path | None = None,
     quant: str | None = None,
     slots: int = SLOTS,
+    resident: int = 0,
 ) -> tuple[Any, Any]:
     """A frozen causal language model whose blocks stream to `device`, and its tokenizer; see `StreamedBase`.
 
     where "host": in host memory, in `dtype` or quantised (nf4, fp4, int8) once, block by block. "disk": in the
     safetensors files as they are, cast on the device; what the files do not hold in that form (quantised weights, fused
-    experts) is written once to a scratch file in Veneer's cache, which goes when the process ends. Raises
+    experts) is written once to a scratch file in Veneer's cache, which goes when the process ends. `slots` buffers on the
+    device are passed through, and `resident` of the blocks stay there. Raises
     `BaseModelError` and `ConfigError` as `load_base` does, and for a model that does not stream.
     """
     place = pick_device(device)
@@ -77,10 +79,10 @@ def load_streamed(
         model, keys = map_model(checkpoint, name_or_path)
         files = Files(checkpoint, keys)
         with quiet_transformers():
-            _fill_buffers(model)
+            fill_buffers(model)
     check_streamable(model)
     files.scratch = Scratch() if where == "disk" else None
-    stream_model(model, files, place, kind, quant, slots)
+    stream_model(model, files, place, kind, quant, slots, resident)
     model.requires_grad_(False)
     model.eval()
     model.veneer_base = BaseInfo(str(name_or_path), source, None, quant)
@@ -138,7 +140,13 @@ class Files:
 
 
 def stream_model(
-    model: nn.Module, files: Files, device: torch.device, dtype: torch.dtype, quant: str | None, slots: int = SLOTS
+    model: nn.Module,
+    files: Files,
+    device: torch.device,
+    dtype: torch.dtype,
+    quant: str | None,
+    slots: int = SLOTS,
+    resident: int = 0,
 ) -> StreamedBase:
     """Turn a model of mapped (or host) weights into a streamed one, in place."""
     strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
@@ -149,7 +157,7 @@ def stream_model(
         prefix = names[id(module)] + "."
         fill(prefix)
         if quant:
-            _quantise(module, quant, dtype, device)
+            quantise_block(module, quant, dtype, device)
         leaves = leaves_of(module, dtype, lambda name: any(part in name for part in strict))
         blocks.append(hold(leaves, device) if files.scratch is None else _on_disk(module, prefix, leaves, files))
         files.forget()
@@ -164,7 +172,7 @@ def stream_model(
             parameter.data = parameter.data.to(device, dtype, copy=True)
     if head.bias is not None:
         head.bias.data = head.bias.data.to(device, dtype, copy=True)
-    base = StreamedBase(model, modules, blocks, head_blocks(model, files, dtype), device, dtype, slots)
+    base = StreamedBase(model, modules, blocks, head_blocks(model, files, dtype), device, dtype, slots, resident)
     base.forget = files.forget
     base.files = files  # the descriptors stay open as long as the model
     if quant:
@@ -172,7 +180,7 @@ def stream_model(
     return base
 
 
-def _quantise(module: nn.Module, quant: str, dtype: torch.dtype, device: torch.device) -> None:
+def quantise_block(module: nn.Module, quant: str, dtype: torch.dtype, device: torch.device) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
@@ -273,7 +281,7 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _fill_buffers(model: nn.Module) -> None:
+def fill_buffers(model: nn.Module) -> None:
     """Make the buffers that no checkpoint holds (rotary frequencies, say), as transformers does after loading."""
     for module in model.modules():
         for name, buffer in module._buffers.items():

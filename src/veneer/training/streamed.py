@@ -105,19 +105,13 @@ class StreamedRows(RowModel):
 
     def check(self, examples: Sequence[TokenizedExample], required: bool = False) -> None:
         """As `RowModel.check`, and that the blocks come one after the other. `BaseModelError` where they do not."""
-        name = type(self.model).__name__
         with self:
             super().check(examples, required)
-            if not self.fast_head:
-                raise BaseModelError(f"{name}'s logits are not its head times its hidden states: use stream: off")
-            few = [TokenizedExample(e.input_ids[:64], np.ones(min(64, len(e.input_ids)), bool)) for e in examples[:2]]
-            rows = self.pack(few, 64, True)
-            with self._quiet(), self.attention(), torch.no_grad():
-                whole = [self._whole(row) for row in rows]
-                parts = [float(loss) for loss in self.losses(rows)]
-        tolerance = 1e-3 if self.dtype == torch.float32 else 3e-2
-        if not all(abs(a - b) <= tolerance * max(1.0, abs(a)) for a, b in zip(whole, parts)):
-            raise BaseModelError(f"{name} does more between its blocks than pass on hidden states: use stream: off")
+        if not self.fast_head:
+            raise BaseModelError(
+                f"{type(self.model).__name__} is not an embedding, blocks one after the other and a head times the hidden "
+                f"states, so it does not stream: use stream: off"
+            )
 
     def _whole(self, row: Row) -> float:
         """The row's loss by the model's own forward pass, which tells what kind of output blocks have."""
