@@ -163,9 +163,8 @@ def stream_model(
         files.forget()
     embedding, head = input_embedding(model), output_head(model)
     fill("")
-    for part in {id(part): part for part in (embedding, head)}.values():
-        if files.scratch is None:
-            hold(leaves_of(part, dtype), device)
+    if files.scratch is None:
+        hold(leaves_of(nn.ModuleList([embedding, head]), dtype), device)
     streamed = {id(p) for part in (*modules, embedding, head) for p in part.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in streamed:
