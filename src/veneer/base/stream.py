@@ -378,8 +378,8 @@ class StreamedBase:
         embedding = input_embedding(self.model)
         table, padding = embedding.weight.data, embedding.padding_idx
         unique, where = ids.cpu().unique(return_inverse=True)
-        rows = table.index_select(0, unique)
-        rows = rows.pin_memory() if self.device.type == "cuda" else rows
+        rows = torch.empty(len(unique), table.shape[1], dtype=table.dtype, pin_memory=self.device.type == "cuda")
+        torch.index_select(table, 0, unique, out=rows)
         embedding.weight.data, embedding.padding_idx = rows.to(self.device, non_blocking=True).to(self.dtype), None
         try:
             return type(embedding).forward(embedding, where.to(self.device))

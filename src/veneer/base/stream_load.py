@@ -82,6 +82,9 @@ def load_streamed(
         files = Files(checkpoint, keys)
         with quiet_transformers():
             fill_buffers(model)
+            head = output_head(model)
+            if head is not None and head.weight.is_meta:
+                model.tie_weights()
     check_streamable(model)
     files.scratch = Scratch() if where == "disk" else None
     stream_model(model, files, place, kind, quant, slots, resident)
@@ -281,7 +284,9 @@ class Fused:
                 made = copy.deepcopy(converter)
                 for key, pattern in sources:
                     made.add_tensor(target, key, pattern, partial(self.checkpoint.tensor, key))
-                for name, tensor in made.convert(target, model=self.model, config=self.model.config).items():
+                found = made.convert(target, model=self.model, config=self.model.config)
+                found = found[0] if isinstance(found, tuple) else found  # transformers 5.0 gives its errors besides
+                for name, tensor in found.items():
                     tensor = tensor[0] if isinstance(tensor, list) else tensor
                     owner, _, leaf = name.rpartition(".")
                     self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
