@@ -32,6 +32,7 @@ from veneer.training.adalora import AdaLora, phases
 from veneer.training.evaluate import heldout_loss
 from veneer.training.flat import FlatOptimizer
 from veneer.training.forward import RowModel
+from veneer.training.graphs import RowGraphs
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
@@ -159,6 +160,7 @@ class Trainer:
             self._note(note)
         if not streamed:
             self.fast = Accelerated(setup.model, **fast)
+            self.graphs = RowGraphs(self.rows, self.fast, train, self._note)
         setup.model.train()
 
     def _check_invocation(self, setup: Setup, invocation: list[int]) -> None:
@@ -273,11 +275,9 @@ class Trainer:
         for row in rows:
             if self._interrupted:
                 return None
-            self.fast.start()
-            with self.rows.row(row) as row_loss:
-                (row_loss / supervised).backward()
-            losses.append(row_loss.detach())  # read after the last row: the device need not wait for us in between
-        return losses
+            self.fast.start(unchanged=bool(losses))
+            losses.append(self.graphs.backward(row, 1 / supervised))
+        return losses  # read after the last row: the device need not wait
 
     def _check_finite(self, value: float, step: int, indices: list[int], examples: list[TokenizedExample]) -> None:
         if math.isfinite(value):

@@ -75,8 +75,9 @@ class StreamedRows(RowModel):
         # Keeping all would grow with the tokens as on a resident base, and defeat the purpose.
         modes = "recompute" if modes == "keep" else modes
         self.fast = Accelerated(
-            model, modes=modes, compile=compile, dynamic=dynamic, note=note, device=self.base.device
-        )
+            model, modes=modes, compile=compile, dynamic=dynamic, note=note, device=self.base.device,
+            packs=False,  # a packed matrix of every block would stay on the device
+        )  # fmt: skip
         slots = [*self.base.conveyor.slots, self.base.conveyor.cast]
         self.fast.store.frozen |= {slot.untyped_storage().data_ptr() for slot in slots if slot.numel()}
         self.blocks, self.last = self.base.modules, len(self.base.modules) - 1
