@@ -249,6 +249,10 @@ class OptimConfig(Section):
     host memory, copied while other blocks compute. mixed: two of seven blocks as offload, the others as
     recompute-offload.
     (true and false mean recompute and keep.)"""
+    stream: Literal["off", "host", "disk"] = "off"
+    """Where the frozen blocks are (docs/stream.md): off: on the device. host: in host memory, a few at a time on the
+    device. disk: in the safetensors files, for when host memory is short too. Keeping all for the backward pass
+    (checkpointing: keep) is recompute then."""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""
     eval_examples: int | None = Field(None, ge=1)
@@ -267,7 +271,7 @@ class OptimConfig(Section):
     def _dial(cls, value: Any) -> Any:
         return {True: "recompute", False: "keep"}[value] if isinstance(value, bool) else value
 
-    @field_validator("compile", "pack", mode="before")
+    @field_validator("compile", "pack", "stream", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # what YAML reads on/off as
