@@ -200,6 +200,16 @@ def chunk_bytes(vocabulary: int, tokens: int, each: int, cuda: bool) -> float:
     return (3 if tokens > rows else 2) * min(rows, tokens) * vocabulary * each
 
 
+def streamed_chunk_bytes(hidden: int, vocabulary: int, tokens: int, each: int) -> float:
+    """The same where the head comes in pieces: a piece's logits, their gradients and float32 between them, and a running
+    sum of the size of the hidden states in float32."""
+    columns, rows = (
+        min(vocabulary, constants.STREAM_HEAD_CHUNK // (hidden * each)),
+        min(tokens, constants.STREAM_HEAD_ROWS),
+    )
+    return rows * (columns * 2 * each + hidden * 2 * FLOAT32)
+
+
 def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[float, float]:
     """What a block keeps for its backward pass after its forward pass, in bytes: on the device, and in host memory."""
     if mode.startswith("recompute"):
@@ -228,7 +238,9 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     """The peak of a step: the most of all blocks' turns and of the loss. `context` is what a device (or, without CUDA, a
     process) holds besides; absent: the measured default."""
     each, tokens = profile.dtype_bytes, setting.micro_tokens
-    modes = modes_of("recompute" if setting.stream != "off" and setting.dial == "keep" else setting.dial, len(profile.blocks))
+    modes = modes_of(
+        "recompute" if setting.stream != "off" and setting.dial == "keep" else setting.dial, len(profile.blocks)
+    )
     rows = setting.rows if setting.stream != "off" else 1  # all rows of a step pass through a block before the next
     here, away, peaks = profile.embed_kept(tokens) * rows, 0.0, []
     last: list[float] = []
@@ -240,6 +252,8 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         last.append(sent)
     left = here + sum(last[-constants.AHEAD :]) * rows
     chunk = chunk_bytes(profile.vocabulary, tokens, each, cuda)
+    if setting.stream != "off":
+        chunk = streamed_chunk_bytes(profile.hidden, profile.vocabulary, tokens, each)
     peaks.append((left, profile.head_end(tokens), chunk, "the loss"))
     peaks.append((left, max(profile.head_peak(tokens), profile.tail_peak(tokens)), 0.0, "the final norm"))
     kept, work, head, at = max(peaks, key=lambda peak: sum(peak[:3]))
@@ -258,7 +272,9 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     if not cuda:
         slack = constants.HOST_SLACK * sum(value for key, value in parts.items() if key not in ("base", "adapter"))
     besides = context if context is not None else constants.CONTEXT if cuda else constants.HOST_BASELINE
-    streamed = sum(block_bytes(b, setting.quant, each) for b in profile.blocks) + (profile.embedding + profile.head) * each
+    streamed = (
+        sum(block_bytes(b, setting.quant, each) for b in profile.blocks) + (profile.embedding + profile.head) * each
+    )
     resident = streamed if setting.stream == "host" else 0.0
     host = constants.HOST_RUN + away * constants.PINNED + paged + resident if cuda else 0.0
     return Need(**parts, slack=slack, context=besides, host=host, at=at)

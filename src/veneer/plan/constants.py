@@ -37,10 +37,11 @@ AHEAD = 2
 """Blocks whose offloaded tensors are on the device at once: `training.store.Host`."""
 SMALL = MIB
 """Tensors below this many bytes are not offloaded: `training.store.SMALL`."""
-STREAM_BUFFERS = 3
-"""Blocks of a streamed base on the device at once."""
-STREAM_HEAD_CHUNK = 256 * MIB
-"""Rows of a streamed head on the device at once, twice: one in use, one on its way."""
+STREAM_BUFFERS = 2
+"""Blocks of a streamed base on the device at once: `base.stream.SLOTS`."""
+STREAM_HEAD_CHUNK, STREAM_HEAD_ROWS = 64 * MIB, 8192
+"""Bytes of a streamed head on the device at once, twice, and positions that it is applied to at once: `base.stream` and
+`kernels.streamed_head`."""
 OVERLAP = 0.9
 """Share of the shorter of compute and copies that is hidden behind the longer."""
 

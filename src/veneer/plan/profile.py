@@ -198,9 +198,7 @@ def _ops(traces: list[Trace], *phases: str) -> tuple[Op, ...]:
     return tuple(made)
 
 
-def _block(
-    at: int, index: int, traces: list[Trace], linears: tuple[int, ...], other: int, window: int | None
-) -> Block:
+def _block(at: int, index: int, traces: list[Trace], linears: tuple[int, ...], other: int, window: int | None) -> Block:
     forward, backward = f"forward.{index}", f"backward.{index}"
 
     def kept(t: Trace) -> float:

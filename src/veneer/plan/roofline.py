@@ -50,7 +50,9 @@ def of_ops(ops: Iterable[Op], tokens: int, rates: Rates, compiled: bool) -> floa
         flops, moved = op.flops(tokens), op.moved(tokens)
         if not flops and compiled:
             moved *= constants.FUSED
-        total += max(flops / (rates.products * constants.PRODUCT_SHARE), moved / (rates.bandwidth * constants.MOVE_SHARE))
+        total += max(
+            flops / (rates.products * constants.PRODUCT_SHARE), moved / (rates.bandwidth * constants.MOVE_SHARE)
+        )
         count += 1
     return max(total, count * rates.call * (constants.COMPILED_CALLS if compiled else 1))
 
@@ -95,9 +97,7 @@ def step(profile: Profile, setting: size.Setting, rates: Rates) -> Time:
     return Time(compute + rest, copies, total + rest, setting.tokens)
 
 
-def _turns(
-    profile: Profile, block: Block, mode: str, setting: size.Setting, rates: Rates
-) -> tuple[float, float]:
+def _turns(profile: Profile, block: Block, mode: str, setting: size.Setting, rates: Rates) -> tuple[float, float]:
     """Seconds of a block's forward and backward pass on one row."""
     tokens, compiled = setting.micro_tokens, setting.compile
     seen = attention(block, tokens, setting.sequence, rates)

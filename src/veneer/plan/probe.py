@@ -1,0 +1,155 @@
+"""What this machine can do, measured once and kept in Veneer's cache: `veneer bench --calibrate`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from veneer.base.paths import cache_dir
+from veneer.files import write_text
+from veneer.plan.roofline import Rates
+
+FILE = "rates.json"
+BASELINE = """
+import json, os, sys
+import psutil, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import veneer
+config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+model = LlamaForCausalLM(config)
+import veneer.training.bench as bench
+from contextlib import ExitStack
+with ExitStack() as stack:
+    step, _ = bench.veneer_step(model, veneer.AdapterConfig(rank=2), veneer.OptimConfig(compile="off"), [16, 16], stack)
+    step(), step()
+print("RSS", psutil.Process().memory_info().rss)
+"""
+"""A process that has done all that training does, with a model of no size."""
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP/s of a large product on random data in this dtype, kept up for some time."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / _each(lambda: a @ b, device, seconds)
+
+
+def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Rates:
+    """The rates of a device, each in about so many seconds."""
+    count = (256 if device.type == "cuda" else 32) << 20
+    a, b = torch.empty(count, dtype=torch.uint8, device=device), torch.empty(count, dtype=torch.uint8, device=device)
+    bandwidth = 2 * count / _each(lambda: b.copy_(a), device, seconds / 2)
+    copy = bandwidth / 2
+    if device.type == "cuda":
+        host = torch.empty(count, dtype=torch.uint8, pin_memory=True)
+        copy = count / _each(lambda: b.copy_(host, non_blocking=True), device, seconds / 2)
+    small = torch.zeros(64, device=device)
+    call = _each(lambda: small.add_(1), device, seconds / 4, batch=256)
+    return Rates(matmul_rate(device, dtype, seconds), bandwidth, copy, disk_rate(), call)
+
+
+def _each(action: Callable[[], Any], device: torch.device, seconds: float, batch: int = 4) -> float:
+    """Seconds of one action, in the mean of batches for so long."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    action(), wait()
+    began, count = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < seconds or not count:
+        for _ in range(batch):
+            action()
+        wait()
+        count += batch
+    return took / count
+
+
+def disk_rate(count: int = 64 << 20) -> float:
+    """Bytes a second read from the disk of Veneer's cache, from a file that is not in memory any more."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cache_dir()) as file:
+        file.write(os.urandom(1 << 20) * (count >> 20))
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        with open(file.name, "rb", buffering=0) as again:
+            while again.read(8 << 20):
+                pass
+        return count / (time.perf_counter() - began)
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or of a CPU how many threads torch uses."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.get_num_threads()}"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads((cache_dir() / FILE).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(key: str, value: Any) -> None:
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    write_text(cache_dir() / FILE, json.dumps(_read() | {key: value}, indent=1) + "\n")
+
+
+def known(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """The rates that were measured here before."""
+    try:
+        return Rates(**_read()[f"{device_name(device)} {dtype}"])
+    except (KeyError, TypeError):
+        return None
+
+
+def calibrate(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure and keep."""
+    rates = measure(device, dtype)
+    _write(f"{device_name(device)} {dtype}", rates.as_dict())
+    return rates
+
+
+def cached(device: str | torch.device, dtype: str | torch.dtype) -> Rates:
+    """The rates of a device here, measured the first time."""
+    device = torch.device(device)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return known(device, dtype) or calibrate(device, dtype)
+
+
+def known_baseline() -> int | None:
+    """Resident bytes of a training process without a model, if measured here before."""
+    found = _read().get(_baseline_key())
+    return int(found) if isinstance(found, (int, float)) else None
+
+
+def process_baseline() -> int:
+    """The same, measured the first time, in a process of its own (seconds)."""
+    if (found := known_baseline()) is not None:
+        return found
+    source = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", BASELINE], capture_output=True, text=True, env=environment)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RSS ")), None)
+    if line is None:  # the estimate of the process that asks
+        return psutil.Process().memory_info().rss
+    _write(_baseline_key(), int(line.split()[1]))
+    return int(line.split()[1])
+
+
+def _baseline_key() -> str:
+    return f"baseline torch {torch.__version__} threads {torch.get_num_threads()}"
