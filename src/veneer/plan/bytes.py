@@ -244,10 +244,14 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     rows = setting.rows if setting.stream != "off" else 1  # all rows of a step pass through a block before the next
     here, away, peaks = profile.embed_kept(tokens) * rows, 0.0, []
     last: list[float] = []
+    known: dict[tuple[int, str], tuple[float, float, float]] = {}
     for block, mode in zip(profile.blocks, modes):
-        kept, sent = kept_bytes(block, mode, tokens, setting.compile)
+        if (key := (id(block), mode)) not in known:
+            work = work_bytes(block, mode, setting, each)
+            known[key] = *kept_bytes(block, mode, tokens, setting.compile), work
+        kept, sent, work = known[key]
         travelling = sum(last[-constants.AHEAD + 1 :]) * rows
-        peaks.append((here + travelling, work_bytes(block, mode, setting, each), 0.0, "a block's backward pass"))
+        peaks.append((here + travelling, work, 0.0, "a block's backward pass"))
         here, away = here + kept * rows, away + sent * rows
         last.append(sent)
     left = here + sum(last[-constants.AHEAD :]) * rows

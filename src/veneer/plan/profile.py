@@ -18,6 +18,7 @@ from veneer.adapter.init import Start
 from veneer.adapter.targets import Target, input_embedding, output_head
 from veneer.base.skeleton import skeleton
 from veneer.config import AdapterConfig
+from veneer.errors import BaseModelError
 from veneer.plan.trace import Rows, Trace, alike, trace
 
 TRACED = 192, 320
@@ -128,6 +129,8 @@ def profile_of(model: nn.Module, adapter: AdapterConfig, rows: Rows, name: str =
     adapter = adapter.model_copy(
         update={"adalora": None, "new_tokens": [], "invocation": None, "init": "kaiming", "init_options": {}}
     )
+    if output_head(model) is None:
+        raise BaseModelError(f"{type(model).__name__} has no output head: plans are for causal language models")
     model.requires_grad_(False)
     outside = _outside(model)
     with torch.device("meta"):

@@ -94,6 +94,8 @@ class Tally(TorchDispatchMode):
         name = func.overloadpacket.__name__
         flops = flop_registry.get(func.overloadpacket) or flop_registry.get(IN_PLACE.get(name))
         work = float(flops(*args, **kwargs, out_val=made)) if flops else 0.0
+        if name == "_grouped_mm":  # experts: (rows, K) times one of (experts, K, M)
+            work = 2.0 * args[0].numel() * args[1].shape[-1]
         moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
         if name not in ("empty", "empty_like", "new_empty", "empty_strided", "detach"):
             self.phase.ops.append((name, work, float(moved)))
