@@ -221,7 +221,8 @@ def nothing_fits(profile: Profile, budget: Budget, rates: Rates, wish: Wish, eve
         f"with {describe(least.setting)}"
     )
     if least.need.total * (1 + constants.MARGIN) <= budget.device:
-        host = min(every, key=lambda option: option.need.host)
+        near = [o for o in every if o.need.total * (1 + constants.MARGIN) <= budget.device]
+        host = min(near, key=lambda option: option.need.host)
         line = f"{text(budget.host)} of host memory are too little: {describe(host.setting)} {host.reason}"
     hints = []
     for axis in [axis for axis in wish.fixed if axis in (*AXES, "micro_tokens")]:
