@@ -246,9 +246,13 @@ class OptimConfig(Section):
     (when compiled). recompute: its input. recompute-offload: its input, in host memory. offload: what selective keeps, in
     host memory, copied while other blocks compute. mixed: every third block as offload, the others as recompute-offload.
     (true and false mean recompute and keep.)"""
+    stream: Literal["off", "host", "disk"] = "off"
+    """Where the frozen blocks are (docs/stream.md): off: on the device. host: in host memory, a few at a time on the
+    device. disk: in the safetensors files, for when host memory is short too. Keeping all for the backward pass
+    (checkpointing: keep) is recompute then."""
     vram: ByteSize | None = None
     """Memory that the run may take on its device, such as 8GB or 7.5GiB (on a CPU: of the process). Settings that are
-    left out here (micro_batch_tokens, checkpointing, optimizer, and quant) are chosen to fit it, and the run is held to
+    left out here (micro_batch_tokens, checkpointing, optimizer, stream, and quant) are chosen to fit it, and the run is held to
     it; docs/memory.md. Absent: the device's free memory."""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""
@@ -273,7 +277,7 @@ class OptimConfig(Section):
     def _budget(cls, value: Any) -> Any:
         return None if value is None else parse_size(value)
 
-    @field_validator("compile", "pack", mode="before")
+    @field_validator("compile", "pack", "stream", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # what YAML reads on/off as

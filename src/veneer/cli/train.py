@@ -43,6 +43,7 @@ FLAGS = {
     "device": "device",
     "dtype": "dtype",
     "quant": "quant",
+    "stream": "train.stream",
     "seed": "seed",
 }
 
@@ -103,6 +104,10 @@ def command(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     quant: Annotated[str | None, typer.Option(help=QUANT_HELP)] = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(help="Frozen blocks in host memory (host) or in their files (disk); see docs/stream.md."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, e.g. train.pack=off.")

@@ -66,11 +66,12 @@ class Accelerated:
         compile: bool = True,
         dynamic: bool = True,
         note: Callable[[str], None] = print,
+        device: torch.device | None = None,
     ) -> None:
         self.blocks = repeated_blocks(model)
         self.modes = spread(modes, len(self.blocks)) if isinstance(modes, str) else list(modes)
         self.compile, self.dynamic, self.note = compile, dynamic, note
-        self.device, self.random = next(model.parameters()).device, draws_random(model)
+        self.device, self.random = device or next(model.parameters()).device, draws_random(model)
         self.store = Store(model.parameters(), self.device)
         self._stack = ExitStack()
 

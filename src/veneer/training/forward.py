@@ -70,14 +70,18 @@ class RowModel:
     give the same answer with them.
     """
 
-    def __init__(self, model: nn.Module, *, packing: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, packing: bool = True, place: tuple[torch.device, torch.dtype] | None = None
+    ) -> None:
+        """`place` is where the model computes and in which dtype; absent: as its first parameter."""
         if output_head(model) is None:
             raise BaseModelError(f"{type(model).__name__} has no output head: Veneer trains causal language models")
         self.model, self.head = model, Head.of(model)
+        weight = next(model.parameters())
+        self.device, self.dtype = place or (weight.device, weight.dtype)
         self.packing = packing and bool(getattr(model, "_supports_attention_backend", False))
         self.fast_head = True
-        weight = next(model.parameters())
-        self.varlen = weight.is_cuda and weight.dtype != torch.float32 and has_varlen()
+        self.varlen = self.device.type == "cuda" and self.dtype != torch.float32 and has_varlen()
         self.notes: list[str] = []
         bank = model.__dict__.get(BANK)
         if self.packing and bank is not None and bank.routing.tokens:
@@ -88,15 +92,15 @@ class RowModel:
 
     def loss(self, row: Row) -> Tensor:
         """Summed cross-entropy over the row's targets, a float32 scalar."""
-        device = next(self.model.parameters()).device
         ids, positions, predictors, targets = (
-            torch.from_numpy(part).to(device) for part in (row.input_ids, row.position_ids, row.predictors, row.targets)
+            torch.from_numpy(part).to(self.device)
+            for part in (row.input_ids, row.position_ids, row.predictors, row.targets)
         )
         inputs = {"input_ids": ids[None], "use_cache": False}
         if len(row.segments) > 1:
             inputs["position_ids"] = positions[None]
         if self.packing and self.varlen:
-            inputs["veneer_layout"] = Layout.of(_current["segments"], device)
+            inputs["veneer_layout"] = Layout.of(_current["segments"], self.device)
         if not self.fast_head:
             logits = self.model(**inputs).logits[0, predictors].float()
             return F.cross_entropy(logits, targets, reduction="sum")
@@ -119,14 +123,25 @@ class RowModel:
         return F.cross_entropy(logits, targets, reduction="sum")
 
     @contextmanager
-    def row(self, row: Row) -> Iterator[Tensor]:
-        """The row's loss, with its segments in force for the forward pass and for a backward inside the block."""
-        segments = [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
-        _current["segments"] = segments
+    def in_force(self, row: Row) -> Iterator[None]:
+        """The row's segments for whatever attention runs inside the block."""
+        _current["segments"] = [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
         try:
-            yield self.loss(row)
+            yield
         finally:
             _current.clear()
+
+    @contextmanager
+    def row(self, row: Row) -> Iterator[Tensor]:
+        """The row's loss, with its segments in force for the forward pass and for a backward inside the block."""
+        with self.in_force(row):
+            yield self.loss(row)
+
+    def losses(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        """The loss of each row, without gradients."""
+        for row in rows:
+            with torch.no_grad(), self.row(row) as loss:
+                yield loss
 
     @contextmanager
     def attention(self) -> Iterator[None]:
@@ -155,7 +170,7 @@ class RowModel:
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            plain = float(sum(_plain(self.model, example) for example in few))
+            plain = float(sum(_plain(self.model, example, self.device) for example in few))
             if self._differs(plain, pack(few, 1, packing=False)):
                 self.fast_head = False
                 self.notes.append("the model's logits are not its head times its hidden states: full logits are made")
@@ -179,16 +194,12 @@ class RowModel:
         self.notes.append(f"packing is off: {reason}")
 
     def _differs(self, plain: float, rows: Sequence[Row]) -> bool:
-        total = 0.0
-        for row in rows:
-            with self.row(row) as loss:
-                total += float(loss)
-        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 3e-2
+        total = float(sum(self.losses(rows)))
+        tolerance = 1e-3 if self.dtype == torch.float32 else 3e-2
         return not abs(total - plain) <= tolerance * max(1.0, abs(plain))
 
 
-def _plain(model: nn.Module, example: TokenizedExample) -> Tensor:
-    device = next(model.parameters()).device
+def _plain(model: nn.Module, example: TokenizedExample, device: torch.device) -> Tensor:
     ids = torch.from_numpy(example.input_ids.astype(np.int64)).to(device)
     where = torch.from_numpy(np.flatnonzero(example.supervised[1:])).to(device)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]

@@ -23,6 +23,7 @@ from veneer.adapter.invocation import acting_tokens
 from veneer.adapter.report import AttachReport
 from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
+from veneer.data.pack import Row
 from veneer.errors import DataError, RunError, TrainingDiverged, VeneerError
 from veneer.files import write_text
 from veneer.formats.peft import read_tensors, save_adapter
@@ -44,6 +45,7 @@ from veneer.training.state import (
     saved_rows,
     tidy,
 )
+from veneer.training.streamed import StreamedRows, check_adapters
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -128,6 +130,10 @@ class Trainer:
         else:
             attach_blank(setup.model, self.config.adapter, rows, tokenizer=setup.tokenizer)
         bank = self.bank = get_bank(setup.model)
+        streamed = self.config.train.stream != "off"
+        if streamed:
+            check_adapters(setup.model)
+            setup.model.veneer_stream.settle()  # the adapter's factors were made beside the weights, on the host
         self.adalora = None
         if (adalora := self.config.adapter.adalora) is not None:
             self.adalora = AdaLora(bank, "default", adalora, setup.total_steps(self.config.train), self.config.seed)
@@ -141,17 +147,18 @@ class Trainer:
         embeddings = [path for path, layer in bank.layers.items() if isinstance(layer.base_layer, torch.nn.Embedding)]
         self.optimizer = FlatOptimizer(self.parameters, self.config.train, embeddings)
         self.trained = Trained(setup.model, self.optimizer, self.adalora)
-        self.rows = RowModel(setup.model, packing=self.config.train.pack != "off")
+        train, device = self.config.train, next(iter(self.parameters.values())).device
+        fast = {"modes": train.checkpointing, "compile": use_compile(train.compile, device), "note": self._note}
+        if streamed:
+            self.rows = self.fast = StreamedRows(setup.model, packing=train.pack != "off", **fast)
+        else:
+            self.rows = RowModel(setup.model, packing=train.pack != "off")
         few = [setup.train[i] for i in range(min(8, len(setup.train)))]
-        self.rows.check(few, required=self.config.train.pack == "on")
+        self.rows.check(few, required=train.pack == "on")
         for note in self.rows.notes:
             self._note(note)
-        self.fast = Accelerated(
-            setup.model,
-            modes=self.config.train.checkpointing,
-            compile=use_compile(self.config.train.compile, next(setup.model.parameters()).device),
-            note=self._note,
-        )
+        if not streamed:
+            self.fast = Accelerated(setup.model, **fast)
         setup.model.train()
 
     def _check_invocation(self, setup: Setup, invocation: list[int]) -> None:
@@ -221,14 +228,9 @@ class Trainer:
         rows = self.rows.pack(examples, options.micro_batch_tokens, options.share_prefix)
         supervised = sum(len(row.targets) for row in rows)
         self.optimizer.zero_grad()
-        losses: list[Tensor] = []
-        for row in rows:
-            if self._interrupted:
-                return None
-            self.fast.start()
-            with self.rows.row(row) as row_loss:
-                (row_loss / supervised).backward()
-            losses.append(row_loss.detach())  # read after the last row: the device need not wait for us in between
+        losses = self._backward(rows, supervised)
+        if losses is None:
+            return None
         loss = float(sum(losses)) / supervised
         self._check_finite(loss, state.step + 1, indices, examples)
         if self.adalora:
@@ -260,8 +262,22 @@ class Trainer:
             "supervised_tokens": supervised,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
-            "memory_bytes": _memory(setup.model),
+            "memory_bytes": _memory(self.rows.device),
         }
+
+    def _backward(self, rows: list[Row], supervised: int) -> list[Tensor] | None:
+        """The loss of each row, with the gradients of their mean added to the parameters'; None if interrupted."""
+        if isinstance(self.rows, StreamedRows):
+            return self.rows.backward(rows, supervised, lambda: self._interrupted)
+        losses: list[Tensor] = []
+        for row in rows:
+            if self._interrupted:
+                return None
+            self.fast.start()
+            with self.rows.row(row) as row_loss:
+                (row_loss / supervised).backward()
+            losses.append(row_loss.detach())  # read after the last row: the device need not wait for us in between
+        return losses
 
     def _check_finite(self, value: float, step: int, indices: list[int], examples: list[TokenizedExample]) -> None:
         if math.isfinite(value):
@@ -363,7 +379,6 @@ def train(
     return Trainer(config, observe=observe).run(resume=resume)
 
 
-def _memory(model: torch.nn.Module) -> int:
+def _memory(device: torch.device) -> int:
     """Peak bytes: the GPU allocator's, or the process's resident memory now."""
-    device = next(model.parameters()).device
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

@@ -23,6 +23,7 @@ from veneer.base.fingerprint import Fingerprint, mismatch
 from veneer.base.load import load_base
 from veneer.base.original import float_weights
 from veneer.base.paths import cache_dir
+from veneer.base.stream_load import load_streamed
 from veneer.config import OptimConfig, TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.data.parts import part_of
@@ -117,13 +118,12 @@ class Setup:
 
 def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
     """Load the base, read and tokenise the data, split off the held-out part."""
-    model, tokenizer = load_base(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        quant=config.quant,
-        chat_template=config.data.chat_template,
-    )
+    options = {"dtype": config.dtype, "device": config.device, "quant": config.quant}
+    options["chat_template"] = config.data.chat_template
+    if config.train.stream == "off":
+        model, tokenizer = load_base(config.model, **options)
+    else:
+        model, tokenizer = load_streamed(config.model, where=config.train.stream, **options)
     if config.adapter.new_tokens:
         add_tokens(model, tokenizer, config.adapter.new_tokens)
     train = load_data(config, "train", tokenizer, note)
