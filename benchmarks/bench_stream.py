@@ -63,7 +63,9 @@ class Bench:
         began = time.time()
         self.cap(None)
         self.shape = ("tiny-moe" if "A3B" in shape else "tiny") if smoke else shape
-        self.model, self.modules, self.blocks, self.head = host_model(SHAPES[self.shape], quant, self.device, self.dtype)
+        self.model, self.modules, self.blocks, self.head = host_model(
+            SHAPES[self.shape], quant, self.device, self.dtype
+        )
         self.stream()
         self.adapt()
         self.load_seconds = time.time() - began
@@ -246,7 +248,9 @@ def host_model(shape: dict, quant: str | None, device, dtype):
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(torch.ones_like(parameter, device=device), False))
+            setattr(
+                model.get_submodule(owner), leaf, torch.nn.Parameter(torch.ones_like(parameter, device=device), False)
+            )
     return model, modules, blocks, head_blocks(model, Files(None, {}), dtype)
 
 
@@ -285,9 +289,7 @@ def held_copy(block, module, twin, source, device):
     from veneer.base.stream import Block, Leaf, host_buffer, places, view_of
 
     new = {(id(a.owner), a.name): b for a, b in zip(places(module), places(twin), strict=True)}
-    leaves = [
-        Leaf([new[id(p.owner), p.name] for p in leaf.places], leaf.home, leaf.dtype) for leaf in block.leaves
-    ]
+    leaves = [Leaf([new[id(p.owner), p.name] for p in leaf.places], leaf.home, leaf.dtype) for leaf in block.leaves]
     made = Block(leaves)
     made.flat = host_buffer(made.nbytes, device)
     made.flat.copy_(source)
@@ -312,7 +314,9 @@ class Record:
                 found = function()
             except Exception as error:  # noqa: BLE001 - any failure of one measurement is a result
                 last = traceback.extract_tb(error.__traceback__)[-1]
-                found = {"failed": f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"}
+                found = {
+                    "failed": f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"
+                }
                 error.__traceback__ = None
         self.values["cases"].setdefault(case, {})[name] = found
         print(f"{case} {name:28s} {json.dumps(found)}  [{time.time() - self.began:.0f} s]", flush=True)
@@ -337,7 +341,10 @@ def fresh(smoke: bool) -> None:
 def bfloat16_8b(record: Record, smoke: bool) -> None:
     bench = Bench("8B", None, smoke)
     rows = [4096] * 8
-    note = {"load_seconds": round(bench.load_seconds, 1), "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1)}
+    note = {
+        "load_seconds": round(bench.load_seconds, 1),
+        "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1),
+    }
     streamed = record.measure(
         "a", "streamed", lambda: note | bench.run(rows, "recompute-offload", budget=4)
     )  # fmt: skip
@@ -361,10 +368,15 @@ def nf4_8b(record: Record, smoke: bool, cases: set[str]) -> None:
     bench = Bench("8B", "nf4", smoke)
     rows, streamed, gradient = [2048] * 8, None, None
     if "b" in cases:
-        note = {"load_seconds": round(bench.load_seconds, 1), "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1)}
+        note = {
+            "load_seconds": round(bench.load_seconds, 1),
+            "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1),
+        }
         streamed = record.measure("b", "streamed", lambda: note | bench.run(rows, "recompute-offload", budget=2.5))
         gradient, bench.gradient = (bench.gradient if streamed else None), None
-        record.measure("b", "streamed, no copies", lambda: bench.run(rows, "recompute-offload", budget=2.5, no_copies=True))
+        record.measure(
+            "b", "streamed, no copies", lambda: bench.run(rows, "recompute-offload", budget=2.5, no_copies=True)
+        )
     if "f" in cases:
         for budget, length in LENGTHS.items():
             for tried in (length, -(-UNSLOTH[budget] * 5 // 4)):
@@ -401,7 +413,10 @@ def nf4_8b(record: Record, smoke: bool, cases: set[str]) -> None:
 
 def nf4_70b(record: Record, smoke: bool) -> None:
     bench, rows = Bench("70B", "nf4", smoke), [2048] * 4
-    note = {"load_seconds": round(bench.load_seconds, 1), "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1)}
+    note = {
+        "load_seconds": round(bench.load_seconds, 1),
+        "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1),
+    }
     bound = record.measure(
         "c", "no copies", lambda: bench.run(rows, "recompute-offload", budget=8, steps=1, no_copies=True)
     )
@@ -414,7 +429,10 @@ def nf4_70b(record: Record, smoke: bool) -> None:
 
 def moe_30b(record: Record, smoke: bool) -> None:
     bench = Bench("30B-A3B", None, smoke)
-    note = {"load_seconds": round(bench.load_seconds, 1), "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1)}
+    note = {
+        "load_seconds": round(bench.load_seconds, 1),
+        "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1),
+    }
     record.measure(
         "d", "streamed", lambda: note | bench.run([2048] * 8, "recompute-offload", budget=8, steps=1, compile=False)
     )
@@ -460,7 +478,11 @@ def peers(record: Record, smoke: bool) -> None:
         began = time.time()
         step()
         seconds = time.time() - began
-        return {"tokens_per_second": round(ids.numel() / seconds, 1), "first_step_seconds": round(seconds, 2), **bench.peak()}
+        return {
+            "tokens_per_second": round(ids.numel() / seconds, 1),
+            "first_step_seconds": round(seconds, 2),
+            **bench.peak(),
+        }
 
     record.measure("p", "PEFT, accelerate offload", peft_offload)
 
@@ -475,7 +497,9 @@ def write_8b(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     values = dict(SHAPES["8B"])
-    config = AutoConfig.for_model(values.pop("model_type"), dtype="bfloat16", architectures=["LlamaForCausalLM"], **values)
+    config = AutoConfig.for_model(
+        values.pop("model_type"), dtype="bfloat16", architectures=["LlamaForCausalLM"], **values
+    )
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -575,7 +599,11 @@ def main() -> None:
 
     record, cases = Record(options.out, options.limit_seconds), set(options.cases.split(","))
     device = "cpu" if options.smoke or options.cpu_8b else torch.cuda.get_device_name(0)
-    record.values = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__} | record.values
+    record.values = {
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    } | record.values
     if options.cpu_8b:
         cpu_8b(record, options.cpu_8b)
         return

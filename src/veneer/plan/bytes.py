@@ -217,8 +217,9 @@ def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[fl
     else:
         share = constants.SELECTIVE if mode != "keep" else 1.0
         kept = block.compiled(tokens) * share if compiled else block.kept(tokens)
-    away = mode.endswith("offload") and block.inputs(tokens) >= constants.SMALL
-    return (0.0, kept) if away else (kept, 0.0)
+    if not (mode.endswith("offload") and block.inputs(tokens) >= constants.SMALL):
+        return kept, 0.0
+    return 0.0, kept if compiled or mode == "recompute-offload" else block.parcels(tokens)
 
 
 def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
@@ -253,6 +254,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         travelling = sum(last[-constants.AHEAD + 1 :]) * rows
         peaks.append((here + travelling, work, 0.0, "a block's backward pass"))
         here, away = here + kept * rows, away + sent * rows
+        here += 0.0 if cuda else sent * rows  # the host's memory is the device's, and holds both copies
         last.append(sent)
     left = here + sum(last[-constants.AHEAD :]) * rows
     chunk = chunk_bytes(profile.vocabulary, tokens, each, cuda)
@@ -280,5 +282,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         sum(block_bytes(b, setting.quant, each) for b in profile.blocks) + (profile.embedding + profile.head) * each
     )
     resident = streamed if setting.stream == "host" else 0.0
+    if not cuda:
+        parts["base"] += resident
     host = constants.HOST_RUN + away * constants.PINNED + paged + resident if cuda else 0.0
     return Need(**parts, slack=slack, context=besides, host=host, at=at)

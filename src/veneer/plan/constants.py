@@ -45,12 +45,12 @@ STREAM_HEAD_CHUNK, STREAM_HEAD_ROWS = 64 * MIB, 8192
 OVERLAP = 0.9
 """Share of the shorter of compute and copies that is hidden behind the longer."""
 
-HOST_BASELINE = 620 * MIB
+HOST_BASELINE = 450 * MIB
 """Resident memory of a process that has imported torch and transformers and attached an adapter, on a CPU;
 `veneer bench --calibrate` measures it."""
 HOST_RUN = 3 * (1 << 30)
 """Host memory of a training process that uses a GPU: libraries, CUDA's own, tokenised data."""
-HOST_SLACK = 0.04
+HOST_SLACK = 0.02
 """Resident memory over live bytes on a CPU: malloc's free space and the threads' own buffers."""
 MARGIN = 0.03
 """A plan fits if its prediction and this share more are within the budget."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -34,6 +35,9 @@ IN_PLACE = {"addmm_": torch.ops.aten.addmm}
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "_grouped_mm"}
 
 
+ABOUT = ("compiled", "parcels", "inputs", "heads")
+
+
 @dataclass
 class Phase:
     """A stretch of a step: `start`, `peak` and `end` are live bytes since the step began, without the model's own;
@@ -49,15 +53,17 @@ class Phase:
 class Trace:
     """One step of T tokens through the blocks `index` of a model. Phases: embed, forward.N …, head, tail, backward.N …
 
-    By block: `inputs`, the bytes of its hidden states; `compiled`, the bytes of what is kept that a compiler keeps as
-    well: in- and outputs of products and attention, and in place of a wider copy (a norm's float32) the tensor that it
-    was made of; `heads`, queries' heads times their width.
+    By block: `inputs`, the bytes of its hidden states; `parcels`, the bytes of all that autograd saves, each time that it
+    does (what several operations save is sent to the host once for each); `compiled`, the bytes of what is kept that a
+    compiler keeps as well: in- and outputs of products and attention, and in place of a wider copy (a norm's float32)
+    the tensor that it was made of; `heads`, queries' heads times their width.
     """
 
     tokens: int
     index: list[int]
     phases: dict[str, Phase]
     compiled: list[int]
+    parcels: list[int]
     inputs: list[int]
     heads: list[int]
 
@@ -192,7 +198,7 @@ def trace(model: nn.Module, tokens: int, *, rows: Rows) -> Trace:
     blocks, bank = repeated_blocks(model), get_bank(model)
     if not blocks:
         raise BaseModelError(f"{type(model).__name__}: no repeated blocks with adapted layers were found to plan for")
-    tally, about = Tally(next(model.parameters()).dtype), {key: [] for key in ("compiled", "inputs", "heads")}
+    tally, about = Tally(next(model.parameters()).dtype), {key: [] for key in ABOUT}
     taken = [p.register_post_accumulate_grad_hook(_drop) for p in bank.parameters("default").values()]
     index = sorted(set(alike(blocks)))
     for i, block in enumerate(blocks):
@@ -256,15 +262,25 @@ def _watched(forward: Callable, index: int, tally: Tally, about: dict[str, list]
 
     def call(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        before = set(tally.storages())
+        before = set(tally.storages()) - {id(hidden.untyped_storage())}
         tally.enter(f"forward.{index}")
-        out = forward(*args, **kwargs)
+        parcels: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage in tally.known and id(storage) not in before:
+                parcels.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = forward(*args, **kwargs)
         first = out if isinstance(out, Tensor) else out[0]
         first.grad_fn.register_prehook(lambda grads: tally.enter(f"backward.{index}"))  # a tensor's would hold it
         mine = [found for key, found in tally.storages().items() if key not in before]
         about["tuple"] = not isinstance(out, Tensor)
         about["inputs"].append(hidden.numel() * hidden.element_size())
         about["compiled"].append(sum(_if_compiled(size, dtype, heavy, tally.dtype) for size, dtype, heavy in mine))
+        about["parcels"].append(sum(parcels))
         about["heads"].append(tally.heads)
         tally.enter("head")
         return out

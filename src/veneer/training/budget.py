@@ -18,6 +18,7 @@ from veneer.data.example import TokenizedExample
 from veneer.errors import PlanError, RunError, VeneerError
 from veneer.plan.fit import NAMES, Plan, Wish, describe, find, text
 from veneer.plan.here import Machine, machine
+from veneer.plan.probe import tight_malloc
 from veneer.training.accelerate import use_compile
 from veneer.training.setup import load_data
 
@@ -134,8 +135,11 @@ def _ample(config: TrainConfig) -> bool:
 
 @contextmanager
 def hold(vram: float | None, device: torch.device, plan: Plan | None) -> Iterator[None]:
-    """A GPU's allocator kept to train.vram for the length of a block, less what CUDA itself holds."""
+    """A GPU's allocator kept to train.vram for the length of a block, less what CUDA itself holds. On a CPU freed memory
+    is given back at once."""
     if vram is None or device.type != "cuda":
+        if vram is not None:
+            tight_malloc()
         yield
         return
     context = plan.budget.context if plan is not None and plan.budget.context else 0.0
