@@ -197,7 +197,9 @@ def chunk_bytes(vocabulary: int, tokens: int, each: int, cuda: bool) -> float:
     """Logits and their gradients of the loss: one chunk of each, and where there are several the last one's gradients."""
     limit, each = (constants.GPU_CHUNK, each) if cuda else (constants.CPU_CHUNK, FLOAT32)
     rows = max(1, limit // (each * vocabulary))
-    return (3 if tokens > rows else 2) * min(rows, tokens) * vocabulary * each
+    full, rest = divmod(tokens, rows)
+    chunks = [rows] * min(full, 2) + [rest] * (rest > 0)
+    return max(before + 2 * own for before, own in zip([0, *chunks], chunks)) * vocabulary * each
 
 
 def streamed_chunk_bytes(hidden: int, vocabulary: int, tokens: int, each: int) -> float:
@@ -217,9 +219,13 @@ def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[fl
     else:
         share = constants.SELECTIVE if mode != "keep" else 1.0
         kept = block.compiled(tokens) * share if compiled else block.kept(tokens)
-    if not (mode.endswith("offload") and block.inputs(tokens) >= constants.SMALL):
+    if not mode.endswith("offload"):
         return kept, 0.0
-    return 0.0, kept if compiled or mode == "recompute-offload" else block.parcels(tokens)
+    if mode == "recompute-offload" or compiled:
+        return (kept, 0.0) if block.inputs(tokens) < constants.SMALL else (0.0, kept)
+    sizes = [each * tokens for each in block.parcels]
+    sent = sum(size for size in sizes if size >= constants.SMALL)
+    return kept * (1 - sent / max(1.0, sum(sizes))), sent
 
 
 def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:

@@ -53,9 +53,9 @@ class Op:
 class Block:
     """One repeated block. Bytes by tokens of a row, over what was there before the block:
 
-    `inputs` its hidden states, `kept` what eager autograd keeps of it, `compiled` what a compiler keeps,
-    `parcels` what eager autograd saves if each save counts, `forward_peak` and `backward_peak` the most while it runs
-    with all kept.
+    `inputs` its hidden states, `kept` what eager autograd keeps of it, `compiled` what a compiler keeps, `forward_peak`
+    and `backward_peak` the most while it runs with all kept. `parcels` are a token's bytes of each tensor that eager
+    autograd saves, as often as it does.
     `linears` are the sizes of its frozen matrices that quantisation takes, `other` the rest of its weights in numbers.
     `heads` is heads times head width of the queries, `window` the tokens that attention looks back (None: all).
     """
@@ -63,7 +63,7 @@ class Block:
     inputs: Line
     kept: Line
     compiled: Line
-    parcels: Line
+    parcels: tuple[float, ...]
     forward_peak: Line
     backward_peak: Line
     forward_ops: tuple[Op, ...]
@@ -214,7 +214,7 @@ def _block(at: int, index: int, traces: list[Trace], linears: tuple[int, ...], o
         inputs=_line(traces, lambda t: t.inputs[at]),
         kept=_line(traces, kept),
         compiled=_line(traces, lambda t: t.compiled[at]),
-        parcels=_line(traces, lambda t: t.parcels[at]),
+        parcels=tuple(size / traces[1].tokens for size in traces[1].parcels[at]),
         forward_peak=_line(traces, lambda t: t.phases[forward].peak - t.phases[forward].start),
         backward_peak=_line(traces, lambda t: t.phases[backward].peak - t.phases[forward].start),
         forward_ops=_ops(traces, forward),

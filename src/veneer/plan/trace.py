@@ -53,17 +53,17 @@ class Phase:
 class Trace:
     """One step of T tokens through the blocks `index` of a model. Phases: embed, forward.N …, head, tail, backward.N …
 
-    By block: `inputs`, the bytes of its hidden states; `parcels`, the bytes of all that autograd saves, each time that it
-    does (what several operations save is sent to the host once for each); `compiled`, the bytes of what is kept that a
-    compiler keeps as well: in- and outputs of products and attention, and in place of a wider copy (a norm's float32)
-    the tensor that it was made of; `heads`, queries' heads times their width.
+    By block: `inputs`, the bytes of its hidden states; `parcels`, the bytes of each tensor that autograd saves, as often
+    as it does (what several operations save is sent to the host once for each); `compiled`, the bytes of what is kept
+    that a compiler keeps as well: in- and outputs of products and attention, and in place of a wider copy (a norm's
+    float32) the tensor that it was made of; `heads`, queries' heads times their width.
     """
 
     tokens: int
     index: list[int]
     phases: dict[str, Phase]
     compiled: list[int]
-    parcels: list[int]
+    parcels: list[list[int]]
     inputs: list[int]
     heads: list[int]
 
@@ -280,7 +280,7 @@ def _watched(forward: Callable, index: int, tally: Tally, about: dict[str, list]
         about["tuple"] = not isinstance(out, Tensor)
         about["inputs"].append(hidden.numel() * hidden.element_size())
         about["compiled"].append(sum(_if_compiled(size, dtype, heavy, tally.dtype) for size, dtype, heavy in mine))
-        about["parcels"].append(sum(parcels))
+        about["parcels"].append(parcels)
         about["heads"].append(tally.heads)
         tally.enter("head")
         return out
