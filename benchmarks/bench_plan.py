@@ -304,16 +304,17 @@ def clean() -> None:
         torch.cuda.empty_cache()
 
 
-def cpu_worker(case: Case) -> None:
-    """Measure one case in this process."""
+def cpu_worker(case: Case, rates: dict) -> None:
+    """Measure one case in this process; the rates come from another one, as to measure them leaves memory behind."""
     import torch
 
-    from veneer.plan.probe import measure, process_baseline, tight_malloc
+    from veneer.plan.probe import process_baseline, tight_malloc
+    from veneer.plan.roofline import Rates
 
     torch.set_num_threads(1)
     tight_malloc()  # as a run with train.vram does
-    baseline, rates = process_baseline(), measure(torch.device("cpu"), torch.float32, seconds=0.3)
-    record = predicted(case, rates, False, baseline)
+    baseline = process_baseline()
+    record = predicted(case, Rates(**rates), False, baseline) | {"rates": rates, "baseline": baseline}
     model = build(case, "cpu")
     with ExitStack() as stack:
         step = step_of(case, model, stack)
@@ -327,7 +328,7 @@ def cpu_worker(case: Case) -> None:
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     seconds = min(times)
     record["measured"] = {"rss": peak, "seconds": seconds, "tokens_per_second": sum(case.lengths) / seconds}
-    say(case, record | {"rates": rates.as_dict()})
+    say(case, record)
 
 
 def say(case: Case, record: dict) -> None:
@@ -348,7 +349,7 @@ def line_of(record: dict) -> str:
     return f"{name:70s} {'  '.join(parts)}" + ("" if record.get("held", True) is True else "  OUT OF MEMORY WHEN HELD")
 
 
-def run_group(cases: list[Case], device: str, until: float, keep) -> None:
+def run_group(cases: list[Case], device: str, until: float, keep, rates: dict | None = None) -> None:
     """Measure cases in a process of their own; if it dies, the case that it died in is recorded and the rest go on."""
     while cases:
         command = [sys.executable, __file__, "--device", device, "--worker", json.dumps([asdict(c) for c in cases])]
@@ -382,11 +383,14 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="three tiny settings")
     parser.add_argument("--limit-seconds", type=float, default=600, help="start no further setting after this time")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--rates", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         cases = [Case(**{**c, "lengths": tuple(c["lengths"])}) for c in json.loads(options.worker)]
-        gpu_worker(cases, options.until) if options.device == "cuda" else cpu_worker(cases[0])
+        gpu_worker(cases, options.until) if options.device == "cuda" else cpu_worker(
+            cases[0], json.loads(options.rates)
+        )
         return
     cases = smoke_cases() if options.smoke else gpu_cases() if options.device == "cuda" else cpu_cases()
     cases = [case for case in cases if not options.only or options.only in case.name]
@@ -408,7 +412,17 @@ def main() -> None:
         if time.time() > until:
             keep({"case": asdict(case), "skipped": "--limit-seconds"})
         else:
-            run_group([case], "cpu", until, keep)
+            run_group([case], "cpu", until, keep, rates_here())
+
+
+def rates_here() -> dict:
+    """The CPU's rates at this moment, on one thread: other processes may be at work."""
+    import torch
+
+    from veneer.plan.probe import measure
+
+    torch.set_num_threads(1)
+    return measure(torch.device("cpu"), torch.float32, seconds=0.3).as_dict()
 
 
 def machine(device: str) -> dict:
