@@ -353,10 +353,9 @@ def run_group(cases: list[Case], device: str, until: float, keep, rates: dict | 
     """Measure cases in a process of their own; if it dies, the case that it died in is recorded and the rest go on."""
     while cases:
         command = [sys.executable, __file__, "--device", device, "--worker", json.dumps([asdict(c) for c in cases])]
+        command += ["--until", str(until), "--rates", json.dumps(rates)]
         with tempfile.TemporaryFile("w+") as errors:
-            child = subprocess.Popen(
-                [*command, "--until", str(until)], stdout=subprocess.PIPE, stderr=errors, text=True
-            )
+            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
             done = 0
             for line in child.stdout:
                 if line.startswith("RESULT "):
