@@ -308,13 +308,15 @@ def cpu_worker(case: Case, rates: dict) -> None:
     """Measure one case in this process; the rates come from another one, as to measure them leaves memory behind."""
     import torch
 
-    from veneer.plan.probe import process_baseline, tight_malloc
+    import veneer.training.bench  # noqa: F401 all that a run imports
+    from veneer.plan.probe import process_bytes, tight_malloc
     from veneer.plan.roofline import Rates
 
     torch.set_num_threads(1)
     tight_malloc()  # as a run with train.vram does
-    baseline = process_baseline()
-    record = predicted(case, Rates(**rates), False, baseline) | {"rates": rates, "baseline": baseline}
+    predicted(case, Rates(**rates), False)
+    before = process_bytes()
+    record = predicted(case, Rates(**rates), False, before) | {"rates": rates, "context": before}
     model = build(case, "cpu")
     with ExitStack() as stack:
         step = step_of(case, model, stack)

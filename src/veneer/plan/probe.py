@@ -5,12 +5,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,25 +15,10 @@ import torch
 
 from veneer.base.paths import cache_dir
 from veneer.files import write_text
+from veneer.plan import constants
 from veneer.plan.roofline import Rates
 
 FILE = "rates.json"
-BASELINE = """
-import psutil, torch
-from contextlib import ExitStack
-from transformers import LlamaConfig, LlamaForCausalLM
-import veneer
-from veneer.plan.probe import tight_malloc
-from veneer.training import bench
-tight_malloc()
-config = LlamaConfig(vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
-model = LlamaForCausalLM(config).requires_grad_(False)
-with ExitStack() as stack:
-    step, parts = bench.veneer_step(model, veneer.AdapterConfig(rank=4), veneer.OptimConfig(compile="off"), [256], stack)
-    step(), step()
-    print("RSS", psutil.Process().memory_info().rss - sum(parts.values()))
-"""
-"""A process that has done all that training does, with a small model, whose bytes are taken off."""
 
 
 def tight_malloc(threshold: int = 1 << 20) -> bool:
@@ -144,25 +126,6 @@ def cached(device: str | torch.device, dtype: str | torch.dtype) -> Rates:
     return known(device, dtype) or calibrate(device, dtype)
 
 
-def known_baseline() -> int | None:
-    """Resident bytes of a training process without a model, if measured here before."""
-    found = _read().get(_baseline_key())
-    return int(found) if isinstance(found, (int, float)) else None
-
-
-def process_baseline() -> int:
-    """The same, measured the first time, in a process of its own (seconds)."""
-    if (found := known_baseline()) is not None:
-        return found
-    source = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", BASELINE], capture_output=True, text=True, env=environment)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("RSS ")), None)
-    if line is None:  # the estimate of the process that asks
-        return psutil.Process().memory_info().rss
-    _write(_baseline_key(), int(line.split()[1]))
-    return int(line.split()[1])
-
-
-def _baseline_key() -> str:
-    return f"baseline 2 torch {torch.__version__} threads {torch.get_num_threads()}"
+def process_bytes() -> float:
+    """What this process holds before it has a model, as a step on a CPU will find it."""
+    return psutil.Process().memory_info().rss + constants.HOST_KERNELS
