@@ -277,7 +277,7 @@ def test_a_run_is_the_resident_run_and_resumes(llama_dir, chat_file, tmp_path):
     [
         ({"target_modules": ["q_proj", "embed_tokens"], "tied_head": "embedding"}, "embed_tokens is adapted"),
         ({"modules_to_save": ["model.norm"]}, "modules_to_save"),
-        ({"bias": "all", "target_modules": ["q_proj"]}, None),
+        ({"invocation": [5, 6]}, "aLoRA"),
     ],
 )
 def test_what_cannot_stream_is_refused(llama_dir, chat_file, tmp_path, adapter, words):
@@ -285,8 +285,6 @@ def test_what_cannot_stream_is_refused(llama_dir, chat_file, tmp_path, adapter, 
 
     config = run(llama_dir, chat_file, tmp_path / "out", stream="host")
     config = config.model_copy(update={"adapter": veneer.AdapterConfig(rank=2, **adapter)})
-    if words is None:  # a Llama has no biases
-        return
     with pytest.raises(ConfigError, match=words):
         Trainer(config).dry_run()
 
@@ -301,6 +299,64 @@ def test_settings_that_do_not_go_together():
         with pytest.raises(ConfigError, match="stream"):
             TrainConfig(data="x", out="y", **values)
     assert TrainConfig.from_dict({"data": "x", "out": "y", "train": {"stream": False}}).train.stream == "off"
+
+
+def test_too_little_host_memory_is_said_before_loading(llama_dir, monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    with pytest.raises(BaseModelError, match="host memory .* stream: disk, or quant: nf4"):
+        load_streamed(llama_dir, device="cpu")
+    load_streamed(llama_dir, where="disk", device="cpu")
+
+
+def test_resident_blocks_are_brought_once(llama_dir):
+    config = veneer.AdapterConfig(rank=4)
+    wanted = step(load_base(llama_dir, device="cpu")[0], config)
+    copied = []
+    for resident in (0, 2, 5):
+        model = load_streamed(llama_dir, device="cpu", resident=resident)[0]
+        same(step(model, config), wanted)
+        conveyor = model.veneer_stream.conveyor
+        copied.append(conveyor.copied / conveyor.blocks[0].nbytes)
+        assert len(conveyor.stay) == resident
+    assert copied[2] == 5 and copied[0] > copied[1] > copied[2]
+
+
+def test_a_streamed_model_has_no_gradients_of_its_own(llama_dir):
+    model = load_streamed(llama_dir, device="cpu")[0]
+    veneer.attach(model, veneer.AdapterConfig(rank=2))
+    with pytest.raises(veneer.errors.AdapterStateError, match="veneer.train"):
+        model(input_ids=torch.arange(1, 9)[None])
+
+
+@pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, False), (5.0, 0.5, True)])
+def test_the_streamed_heads_loss_is_the_plain_one(softcap, scale, bias, monkeypatch):
+    """252×507×123 in pieces of 100 rows, against float64."""
+    from veneer.kernels import reference, streamed_head
+
+    monkeypatch.setattr(streamed_head, "ROWS", 100)
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(252, 123), torch.randn(507, 123), torch.randint(0, 507, (252,))
+    b = torch.randn(507) if bias else None
+    pieces = lambda: ((start, weight[start : start + 100]) for start in range(0, 507, 100))  # noqa: E731
+    options = {"softcap": softcap, "logit_scale": scale}
+
+    def run(function, h, *rest):
+        h = h.clone().requires_grad_()
+        loss = function(h, *rest, targets, **options)
+        (loss * 0.5).backward()
+        return loss.detach(), h.grad
+
+    loss, grad = run(streamed_head.streamed_cross_entropy, hidden, pieces, b)
+    wide = [hidden.double(), weight.double(), None if b is None else b.double()]
+    truth, true_grad = run(reference.linear_cross_entropy, *wide)
+    torch.testing.assert_close(loss.double(), truth.double(), rtol=1e-5, atol=0)
+    plain = run(reference.linear_cross_entropy, hidden, weight, b)[1]
+    error, allowed = (float((g.double() - true_grad).abs().max()) for g in (grad, plain))
+    assert error <= 2 * allowed + 1e-6 * float(true_grad.abs().max())
+    with torch.no_grad():
+        assert streamed_head.streamed_cross_entropy(hidden, pieces, b, targets, **options) == loss
 
 
 def test_models_that_do_not_stream(tmp_path, tokenizer):

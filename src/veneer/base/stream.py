@@ -10,7 +10,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -159,17 +159,21 @@ def host_buffer(nbytes: int, device: torch.device) -> Tensor:
     """Bytes of host memory that `device` can copy from at full speed: pinned, and no more than asked for."""
     try:
         array = np.empty(nbytes, np.uint8)
-        if device.type == "cuda" and nbytes:  # torch's own pinned memory comes in powers of two
-            torch.from_numpy(array).zero_()  # by all cores: pinning would make its pages one by one
-            runtime, at = torch.cuda.cudart(), array.ctypes.data
-            if int(runtime.cudaHostRegister(at, nbytes, 0)):
-                raise MemoryError
+        if device.type != "cuda" or not nbytes:
+            return torch.from_numpy(array)
+        torch.from_numpy(array).zero_()  # by all cores: pinning would make its pages one by one
+        runtime, at = torch.cuda.cudart(), array.ctypes.data
+        if not int(runtime.cudaHostRegister(at, nbytes, 0)):
             weakref.finalize(array, runtime.cudaHostUnregister, at).atexit = False
-    except MemoryError:
+            return torch.from_numpy(array)
+        del array
+        with suppress(RuntimeError):
+            torch.zeros(1, device=device)  # the next launch would report the failure once more
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # this one comes in powers of two
+    except (MemoryError, RuntimeError):
         raise BaseModelError(
             f"no {nbytes / 2**30:.1f} GiB of host memory are left for the streamed base: use stream: disk, or quant: nf4"
         ) from None
-    return torch.from_numpy(array)
 
 
 def hold(leaves: list[Leaf], device: torch.device) -> Block:

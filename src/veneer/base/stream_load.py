@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,8 @@ from veneer.base.stream import (
 )
 from veneer.errors import BaseModelError, ConfigError
 
-QUANTS = ("nf4", "fp4", "int8")
+BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.002}
+"""Bytes of a weight by quantisation, scales included."""
 
 
 def load_streamed(
@@ -61,8 +63,8 @@ def load_streamed(
     place = pick_device(device)
     kind, place = pick_dtype(dtype, place), torch.device(place)
     quant = quantisation.check_quant(quant, str(place), kind)
-    if quant not in (None, *QUANTS):
-        raise ConfigError(f"train.stream goes with quant none, {', '.join(QUANTS)}, not {quant}")
+    if quant not in (None, *BYTES):
+        raise ConfigError(f"train.stream goes with quant none, {', '.join(BYTES)}, not {quant}")
     tokenizer = load_tokenizer(name_or_path, chat_template=chat_template)
     source = locate(str(name_or_path)).where
     if stored := quantisation.stored_method(source):
@@ -149,6 +151,8 @@ def stream_model(
     resident: int = 0,
 ) -> StreamedBase:
     """Turn a model of mapped (or host) weights into a streamed one, in place."""
+    if files.scratch is None:
+        _check_memory(model, frozen_blocks(model), dtype, quant)
     strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     blocks, modules = [], frozen_blocks(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -163,9 +167,8 @@ def stream_model(
         files.forget()
     embedding, head = input_embedding(model), output_head(model)
     fill("")
-    for part in {id(part): part for part in (embedding, head)}.values():
-        if files.scratch is None:
-            hold(leaves_of(part, dtype), device)
+    if files.scratch is None:
+        hold(leaves_of(nn.ModuleList([embedding, head]), dtype), device)
     streamed = {id(p) for part in (*modules, embedding, head) for p in part.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in streamed:
@@ -178,6 +181,20 @@ def stream_model(
     if quant:
         quantisation.steady(model)
     return base
+
+
+def _check_memory(model: nn.Module, modules: list[nn.Module], dtype: torch.dtype, quant: str | None) -> None:
+    """`BaseModelError` if the host lacks the memory for what will be held there."""
+    shrunk = {id(part.weight) for module in modules for part in module.modules() if quant and type(part) is nn.Linear}
+    parts = [*modules, input_embedding(model), output_head(model)]
+    every = {id(p): p for part in parts for p in part.parameters()}
+    need = sum(p.numel() * (BYTES[quant] if id(p) in shrunk else dtype.itemsize) for p in every.values())
+    there = psutil.virtual_memory().available
+    if need > there:
+        raise BaseModelError(
+            f"the base needs {need / 2**30:.1f} GiB of host memory and {there / 2**30:.1f} GiB are free: use stream: disk"
+            + ("" if quant else ", or quant: nf4")
+        )
 
 
 def quantise_block(module: nn.Module, quant: str, dtype: torch.dtype, device: torch.device) -> None:
