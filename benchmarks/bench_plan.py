@@ -7,8 +7,8 @@
 Random weights made on the device, random tokens, real forward, backward and update. On a GPU one process measures all
 settings of an architecture one after the other (peak allocated and reserved), and then takes one more step with its
 memory held to the prediction and the plan's margin: `held` says whether it ran. On a CPU each setting is a process of
-its own, with freed memory given back as in a run with train.vram, and the peak is of resident memory (VmHWM). Only some
-settings are compiled, as that costs seconds each. Results are written as they come; a setting that fails is recorded
+its own, with freed memory given back as in a run with train.vram, and the peak is of resident memory (VmHWM); seconds
+are of one thread's own work. Only some settings are compiled, as that costs seconds each. Results are written as they come; a setting that fails is recorded
 and the next one runs.
 """
 
@@ -323,9 +323,9 @@ def cpu_worker(case: Case, rates: dict) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         times = []
         for _ in range(2):
-            start = time.time()
+            start = time.process_time()  # one thread's own work: other processes may be at work
             step()
-            times.append(time.time() - start)
+            times.append(time.process_time() - start)
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     seconds = min(times)
@@ -417,13 +417,13 @@ def main() -> None:
 
 
 def rates_here() -> dict:
-    """The CPU's rates at this moment, on one thread: other processes may be at work."""
+    """The CPU's rates at this moment, on one thread, in seconds of its own work."""
     import torch
 
     from veneer.plan.probe import measure
 
     torch.set_num_threads(1)
-    return measure(torch.device("cpu"), torch.float32, seconds=0.3).as_dict()
+    return measure(torch.device("cpu"), torch.float32, 0.3, time.process_time).as_dict()
 
 
 def machine(device: str) -> dict:

@@ -77,3 +77,12 @@ def test_unknown_models(cli, model, change):
     (model / "config.json").write_text(json.dumps(EIGHT_B | change))
     done = cli("plan", model, "--vram", "8GB")
     assert done.code == 2 and done.err.startswith("error:")
+
+
+def test_calibrate_is_kept(cli, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+    rates = json.loads(cli("bench", "--calibrate", "--device", "cpu", "--json").out)
+    assert all(rates[key] > 0 for key in ("products", "bandwidth", "copy", "disk", "call"))
+    planned = json.loads(cli("plan", model, "--device", "cpu", "--vram", "900GB", "--json").out)
+    assert planned["machine"]["rates"]["products"] == rates["products"]
+    assert planned["chosen"]["setting"]["quant"] == "none" and not planned["budget"]["cuda"]

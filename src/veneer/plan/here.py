@@ -98,7 +98,7 @@ def _cpu(limit: float | None, dtype: str) -> Machine:
     notes = (
         [] if rates is not devices.CPU else ["rates: a guess at two cores; `veneer bench --calibrate` measures yours"]
     )
-    context = probe.known_baseline()
+    context = probe.process_bytes()
     return Machine(
         f"{text(budget)} on the CPU", Budget(budget, None, False, context), rates, kind, "split", False, notes
     )

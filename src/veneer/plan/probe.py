@@ -32,28 +32,35 @@ def tight_malloc(threshold: int = 1 << 20) -> bool:
         return False
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+Clock = Callable[[], float]
+
+
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype, seconds: float = 1.0, clock: Clock = time.perf_counter
+) -> float:
     """FLOP/s of a large product on random data in this dtype, kept up for some time."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / _each(lambda: a @ b, device, seconds)
+    return 2 * n**3 / _each(lambda: a @ b, device, seconds, clock=clock)
 
 
-def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Rates:
-    """The rates of a device, each in about so many seconds."""
+def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.5, clock: Clock = time.perf_counter) -> Rates:
+    """The rates of a device, each in about so many seconds of `clock` (time.process_time: of this process's own work)."""
     count = (256 if device.type == "cuda" else 32) << 20
     a, b = torch.empty(count, dtype=torch.uint8, device=device), torch.empty(count, dtype=torch.uint8, device=device)
-    bandwidth = 2 * count / _each(lambda: b.copy_(a), device, seconds / 2)
+    bandwidth = 2 * count / _each(lambda: b.copy_(a), device, seconds / 2, clock=clock)
     copy = bandwidth / 2
     if device.type == "cuda":
         host = torch.empty(count, dtype=torch.uint8, pin_memory=True)
         copy = count / _each(lambda: b.copy_(host, non_blocking=True), device, seconds / 2)
     small = torch.zeros(64, device=device)
-    call = _each(lambda: small.add_(1), device, seconds / 4, batch=256)
-    return Rates(matmul_rate(device, dtype, seconds), bandwidth, copy, disk_rate(), call)
+    call = _each(lambda: small.add_(1), device, seconds / 4, 256, clock)
+    return Rates(matmul_rate(device, dtype, seconds, clock), bandwidth, copy, disk_rate(), call)
 
 
-def _each(action: Callable[[], Any], device: torch.device, seconds: float, batch: int = 4) -> float:
+def _each(
+    action: Callable[[], Any], device: torch.device, seconds: float, batch: int = 4, clock: Clock = time.perf_counter
+) -> float:
     """Seconds of one action, in the mean of batches for so long."""
 
     def wait() -> None:
@@ -61,8 +68,8 @@ def _each(action: Callable[[], Any], device: torch.device, seconds: float, batch
             torch.cuda.synchronize(device)
 
     action(), wait()
-    began, count = time.perf_counter(), 0
-    while (took := time.perf_counter() - began) < seconds or not count:
+    began, count = clock(), 0
+    while (took := clock() - began) < seconds or not count:
         for _ in range(batch):
             action()
         wait()
