@@ -8,8 +8,8 @@ Random weights made on the device, random tokens, real forward, backward and upd
 settings of an architecture one after the other (peak allocated and reserved), and then takes one more step with its
 memory held to the prediction and the plan's margin: `held` says whether it ran. On a CPU each setting is a process of
 its own, with freed memory given back as in a run with train.vram, and the peak is of resident memory (VmHWM); seconds
-are of one thread's own work. Only some settings are compiled, as that costs seconds each. Results are written as they come; a setting that fails is recorded
-and the next one runs.
+are of one thread's own work. Only some settings are compiled, as that costs seconds each. Results are written as they
+come; a setting that fails is recorded and the next one runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -221,6 +221,7 @@ def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> di
         compile=case.compile, stream=case.stream,
     )  # fmt: skip
     need = size.need(about, setting, cuda=cuda, context=context)
+    rates = replace(rates, queued=cuda)
     return {"need": need.as_dict(), "time": step(about, setting, rates).as_dict()}
 
 

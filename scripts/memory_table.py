@@ -1,9 +1,9 @@
 """Write the measured part of docs/memory.md, and its plots, from the results of benchmarks/bench_plan.py.
 
 python scripts/memory_table.py            the table between the marks in docs/memory.md, docs/memory_*.png
-python scripts/memory_table.py --again    with predictions made anew by this version's arithmetic
+python scripts/memory_table.py --again    with predictions made anew by this version's arithmetic, in the results too
 
-With --again a change of `veneer.plan.constants` shows in the table without a new measurement.
+With --again a change of `veneer.plan.constants` shows without a new measurement.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WHAT = {"allocated": "allocated", "reserved": "reserved", "rss": "total"}
 
 
 def load(file: Path, again: bool) -> dict | None:
-    """A results file; with `again` its predictions made anew."""
+    """A results file; with `again` its predictions made anew, in the file too."""
     if not file.exists():
         return None
     record = json.loads(file.read_text(encoding="utf-8"))
@@ -38,6 +38,7 @@ def load(file: Path, again: bool) -> dict | None:
                 case = Case(**result["case"] | {"lengths": tuple(result["case"]["lengths"])})
                 cuda = "allocated" in result["measured"]
                 result |= predicted(case, Rates(**result["rates"]), cuda, result.get("context"))
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 

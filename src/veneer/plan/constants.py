@@ -21,6 +21,9 @@ COMPILED_CALLS = 0.25
 """Kernels that compiled code starts over eager code's."""
 PRODUCT_SHARE = 1.0
 """Rate of a layer's products over that of one large product."""
+HOST_SHARES = (0.5, 0.4)
+"""On a CPU, of products and of element-wise operations over large ones: fitted to the shapes tiny and small of
+benchmarks/results/plan_cpu.json; on its other two shapes the error of tokens/s is then 12 %."""
 MOVE_SHARE = 0.85
 """Bandwidth of element-wise operations over that of one large copy."""
 ATTENTION_SHARE, ATTENTION_BACKWARD = 0.8, 2.5

@@ -62,7 +62,7 @@ CARDS = [
     _card("H200", 141, 989, 4800, 64),
 ]
 """In order of memory."""
-CPU = Rates(products=100e9, bandwidth=20e9, copy=10e9, disk=1e9, call=4e-6)
+CPU = Rates(products=100e9, bandwidth=20e9, copy=10e9, disk=1e9, call=4e-6, queued=False)
 """Two ordinary cores in float32, until `veneer bench --calibrate` has measured."""
 
 

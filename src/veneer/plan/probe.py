@@ -55,7 +55,8 @@ def measure(device: torch.device, dtype: torch.dtype, seconds: float = 0.5, cloc
         copy = count / _each(lambda: b.copy_(host, non_blocking=True), device, seconds / 2)
     small = torch.zeros(64, device=device)
     call = _each(lambda: small.add_(1), device, seconds / 4, 256, clock)
-    return Rates(matmul_rate(device, dtype, seconds, clock), bandwidth, copy, disk_rate(), call)
+    products = matmul_rate(device, dtype, seconds, clock)
+    return Rates(products, bandwidth, copy, disk_rate(), call, queued=device.type == "cuda")
 
 
 def _each(

@@ -14,16 +14,25 @@ from veneer.plan.profile import Block, Op, Profile
 @dataclass(frozen=True)
 class Rates:
     """What a machine does in a second: `products` FLOPs of a large product in the base's dtype, bytes of its own memory
-    (`bandwidth`), between host and device (`copy`) and from `disk`. `call`: seconds to start an operation."""
+    (`bandwidth`), between host and device (`copy`) and from `disk`. `call`: seconds to start an operation; `queued`: that
+    happens while earlier ones still run, as on a GPU."""
 
     products: float
     bandwidth: float
     copy: float
     disk: float
     call: float
+    queued: bool = True
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
+
+    @property
+    def of_layers(self) -> tuple[float, float]:
+        """FLOPs of a layer's products and bytes of its element-wise operations in a second."""
+        shares = constants.PRODUCT_SHARE, constants.MOVE_SHARE
+        products, moves = shares if self.queued else constants.HOST_SHARES
+        return self.products * products, self.bandwidth * moves
 
 
 @dataclass(frozen=True)
@@ -45,16 +54,15 @@ class Time:
 
 def of_ops(ops: Iterable[Op], tokens: int, rates: Rates, compiled: bool) -> float:
     """Seconds of some operations on a row."""
-    total, count = 0.0, 0
+    (products, bandwidth), total, count = rates.of_layers, 0.0, 0
     for op in ops:
         flops, moved = op.flops(tokens), op.moved(tokens)
         if not flops and compiled:
             moved *= constants.FUSED
-        total += max(
-            flops / (rates.products * constants.PRODUCT_SHARE), moved / (rates.bandwidth * constants.MOVE_SHARE)
-        )
+        total += max(flops / products, moved / bandwidth)
         count += 1
-    return max(total, count * rates.call * (constants.COMPILED_CALLS if compiled else 1))
+    starting = count * rates.call * (constants.COMPILED_CALLS if compiled else 1)
+    return max(total, starting) if rates.queued else total + starting
 
 
 def attention(block: Block, tokens: int, sequence: int, rates: Rates) -> float:
@@ -108,8 +116,9 @@ def _turns(profile: Profile, block: Block, mode: str, setting: size.Setting, rat
 
 
 def _head(profile: Profile, setting: size.Setting, rates: Rates) -> float:
-    """Embedding, final norm and the loss of a row: two products with the head, and three passes over its logits."""
-    tokens = setting.micro_tokens
-    products = 4 * tokens * profile.vocabulary * profile.hidden / (rates.products * constants.PRODUCT_SHARE)
-    logits = 3 * tokens * profile.vocabulary * profile.dtype_bytes / rates.bandwidth
+    """Embedding, final norm and the loss of a row: two products with the head, and some passes over its logits."""
+    tokens, (rate, bandwidth) = setting.micro_tokens, rates.of_layers
+    products = 4 * tokens * profile.vocabulary * profile.hidden / rate
+    passes = 3 if rates.queued else 9  # one compiled kernel, or one pass for each operation
+    logits = passes * tokens * profile.vocabulary * profile.dtype_bytes / bandwidth
     return of_ops(profile.head_ops, tokens, rates, False) + products + logits
