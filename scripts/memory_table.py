@@ -47,6 +47,12 @@ def errors(results: list[dict], key: str) -> list[float]:
     return [r["need"][WHAT[key]] / r["measured"][key] - 1 for r in results if key in r.get("measured", {})]
 
 
+def added(results: list[dict]) -> list[float]:
+    """The same of what a CPU's step adds to what its process held before."""
+    own = [(r, r["need"]["context"]) for r in results if "rss" in r.get("measured", {})]
+    return [(r["need"]["total"] - context) / (r["measured"]["rss"] - context) - 1 for r, context in own]
+
+
 def speeds(results: list[dict]) -> list[float]:
     return [r["time"]["tokens_per_second"] / r["measured"]["tokens_per_second"] - 1 for r in results if "measured" in r]
 
@@ -68,6 +74,7 @@ def table(results: list[dict]) -> str:
     )
     memory = next(key for key in ("allocated", "rss") if errors(results, key))
     rows = [summary(f"peak memory, {key}", errors(results, key)) for key in WHAT]
+    rows.append(summary("… over what the process held before", added(results)))
     for part in ("dial", "quant", "stream", "compile"):
         values = dict.fromkeys(r["case"][part] for r in results if "measured" in r)
         if len(values) > 1:
@@ -117,7 +124,8 @@ def plot(name: str, record: dict) -> None:
             axis.scatter([p[0] for p in own], [p[1] for p in own], s=14, label=dial)
         low, high = min(min(p[:2]) for p in points) * 0.9, max(max(p[:2]) for p in points) * 1.1
         axis.plot([low, high], [low, high], color="grey", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel=f"measured: {label}", ylabel="predicted")
+        scale = "log" if high > 10 * low else "linear"
+        axis.set(xscale=scale, yscale=scale, xlabel=f"measured: {label}", ylabel="predicted")
     axes[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(ROOT / f"docs/memory_{name.lower()}.png", dpi=110)
