@@ -19,6 +19,7 @@ from veneer.training import budget
 from veneer.training.accelerate import Accelerated, use_compile
 from veneer.training.flat import FlatOptimizer
 from veneer.training.forward import RowModel
+from veneer.training.graphs import RowGraphs
 from veneer.training.setup import Setup
 from veneer.training.streamed import StreamedRows
 
@@ -50,6 +51,7 @@ class Gradients:
         for line in self.rows.notes:
             note(line)
         self.fast = self.fast or self._accelerated(train.checkpointing)
+        self.graphs = self._graphs()
         self.longest = setup.counts["train"].longest
         self.ways_down = budget.ways_down(config, plan, self.device.type == "cuda", self.longest)
 
@@ -60,6 +62,15 @@ class Gradients:
         if self.streamed:
             return StreamedRows(self.setup.model, packing=train.pack != "off", **options)
         return Accelerated(self.setup.model, **options)
+
+    def _graphs(self) -> RowGraphs | None:
+        """CUDA graphs of rows, where a budget has room for what they hold besides; a streamed base has none."""
+        if self.streamed:
+            return None
+        train, plan = self.config.train, self.plan
+        if plan is not None and train.vram is not None and 2 * plan.chosen.need.total > plan.budget.device:
+            train = train.model_copy(update={"cuda_graphs": "off"})
+        return RowGraphs(self.rows, self.fast, train, self.note)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -114,10 +125,10 @@ class Gradients:
         for row in rows:
             if self.stop():
                 return None
-            self.fast.start()
-            with self.rows.row(row) as row_loss:
-                (row_loss / supervised).backward()
-            losses.append(row_loss.detach())  # read after the last row: the device need not wait for us in between
+            self.fast.start(unchanged=bool(losses))
+            losses.append(
+                self.graphs.backward(row, 1 / supervised)
+            )  # read after the last row: the device need not wait
         return losses
 
     def step_down(self, error: BaseException) -> None:
@@ -136,6 +147,7 @@ class Gradients:
         if self.streamed:
             self.fast.packing, self.fast.fast_head = before.packing, before.fast_head
             self.rows = self.fast
+        self.graphs = self._graphs()
         del before
         gc.collect()
         if self.device.type == "cuda":
