@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "formats": COMMON | {"kernels", "adapter", "base"},
     "interop": COMMON | {"kernels", "adapter", "base", "formats"},
     "data": COMMON | {"base"},
-    "training": COMMON | {"kernels", "adapter", "base", "formats", "data"},
+    "training": COMMON | {"kernels", "adapter", "base", "formats", "data", "plan"},
     "plan": COMMON | {"adapter", "base", "formats"},
     "report": COMMON | {"adapter", "formats", "data", "training", "plan"},
     "cli": COMMON | {"adapter", "base", "formats", "data", "training", "plan", "report"},

@@ -25,6 +25,7 @@ from veneer.cli import (
     info,
     init,
     merge,
+    plan,
     resize,
     train,
 )
@@ -45,6 +46,7 @@ app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
 app.command("explain")(explain.command)
+app.command("plan")(plan.command)
 app.command("merge")(merge.command)
 app.command("combine")(combine.command)
 app.command("export")(export.command)

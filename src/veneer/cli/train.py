@@ -45,6 +45,7 @@ FLAGS = {
     "quant": "quant",
     "stream": "train.stream",
     "seed": "seed",
+    "vram": "train.vram",
 }
 
 INITS = "kaiming, gaussian, orthogonal, pissa, olora, eva, corda, lora_ga, or loftq (quantised bases)"

@@ -49,7 +49,7 @@ def quantised_lora_linear(
     impl: Impl = "auto",
 ) -> Tensor:
     """Frozen quantised linear plus one adapter; see `veneer.kernels.reference.quantised_lora_linear`."""
-    fast = _use_fast(impl, not torch.is_autocast_enabled(x.device.type), "autocast chooses dtypes")
+    fast = _use_fast(impl, not _autocast(x), "autocast chooses dtypes")
     return (quantised if fast else reference).quantised_lora_linear(x, dequantise, bias, lora_A, lora_B, scaling)
 
 
@@ -76,9 +76,11 @@ NOT_FROZEN = "the weight is trained, has another dtype than x, or autocast choos
 def _frozen(x: Tensor, weight: Tensor) -> bool:
     """Whether a fused function may take the weight as a constant in x's dtype."""
     plain = torch.compiler.is_compiling()  # the compiler fuses the twin better, and picks what to keep
-    return (
-        not (weight.requires_grad or plain) and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    )
+    return not (weight.requires_grad or plain) and x.dtype == weight.dtype and not _autocast(x)
+
+
+def _autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
 
 
 def linear_cross_entropy(

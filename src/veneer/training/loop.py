@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from veneer.adapter.attach import attach_blank, get_bank
 from veneer.adapter.init import COMPUTED
@@ -23,16 +22,15 @@ from veneer.adapter.invocation import acting_tokens
 from veneer.adapter.report import AttachReport
 from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
-from veneer.data.pack import Row
 from veneer.errors import DataError, RunError, TrainingDiverged, VeneerError
 from veneer.files import write_text
 from veneer.formats.peft import read_tensors, save_adapter
-from veneer.training.accelerate import Accelerated, use_compile
+from veneer.plan.fit import Plan
+from veneer.training import budget
 from veneer.training.adalora import AdaLora, phases
 from veneer.training.evaluate import heldout_loss
 from veneer.training.flat import FlatOptimizer
-from veneer.training.forward import RowModel
-from veneer.training.graphs import RowGraphs
+from veneer.training.gradients import Gradients
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
@@ -46,7 +44,7 @@ from veneer.training.state import (
     saved_rows,
     tidy,
 )
-from veneer.training.streamed import StreamedRows, check_adapters
+from veneer.training.streamed import check_adapters
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -76,11 +74,13 @@ class Trainer:
         self.config, self.observe = config, observe or (lambda record: None)
         self.out = Path(config.out)
         self.setup: Setup | None = None
+        self.plan: Plan | None = None
         self._interrupted = 0
 
     def validate(self) -> Setup:
         """Load the base and the data and check everything that can be checked without training."""
         if self.setup is None:
+            self.config, self.plan = budget.choose(self.config, self._note)
             self.setup = prepare_run(self.config, self._note)
             if self.config.adapter.adalora is not None:
                 phases(self.config.adapter.adalora, self.setup.total_steps(self.config.train))
@@ -108,6 +108,8 @@ class Trainer:
         """
         start_directory(self.out, resume)
         tidy(self.out)
+        if resume:
+            self.config = budget.adopt(self.config, self.out)
         setup = self.validate()
         if resume:
             check_resumable(self.out, self.config, setup)
@@ -118,7 +120,7 @@ class Trainer:
         self.metrics = MetricsLog(self.out, list(self.config.train.log_to))
         self.metrics.truncate_after(state.step)
         try:
-            with self._signals(), self.rows.attention(), self.fast:
+            with self._signals(), self.gradients.running():
                 return self._steps(setup, state)
         finally:
             self.metrics.close()
@@ -148,19 +150,7 @@ class Trainer:
         embeddings = [path for path, layer in bank.layers.items() if isinstance(layer.base_layer, torch.nn.Embedding)]
         self.optimizer = FlatOptimizer(self.parameters, self.config.train, embeddings)
         self.trained = Trained(setup.model, self.optimizer, self.adalora)
-        train, device = self.config.train, next(iter(self.parameters.values())).device
-        fast = {"modes": train.checkpointing, "compile": use_compile(train.compile, device), "note": self._note}
-        if streamed:
-            self.rows = self.fast = StreamedRows(setup.model, packing=train.pack != "off", **fast)
-        else:
-            self.rows = RowModel(setup.model, packing=train.pack != "off")
-        few = [setup.train[i] for i in range(min(8, len(setup.train)))]
-        self.rows.check(few, required=train.pack == "on")
-        for note in self.rows.notes:
-            self._note(note)
-        if not streamed:
-            self.fast = Accelerated(setup.model, **fast)
-            self.graphs = RowGraphs(self.rows, self.fast, train, self._note)
+        self.gradients = Gradients(setup, self.config, self.plan, self.optimizer, self._note, lambda: self._interrupted)
         setup.model.train()
 
     def _check_invocation(self, setup: Setup, invocation: list[int]) -> None:
@@ -228,14 +218,11 @@ class Trainer:
         began, options = time.monotonic(), self.config.train
         indices = setup.batch(state.step, self.config)
         examples = [setup.train[i] for i in indices]
-        torch.manual_seed((self.config.seed * 1_000_003 + state.step) % 2**63)  # dropout follows from the step alone
-        rows = self.rows.pack(examples, options.micro_batch_tokens, options.share_prefix)
-        supervised = sum(len(row.targets) for row in rows)
-        self.optimizer.zero_grad()
-        losses = self._backward(rows, supervised)
-        if losses is None:
+        found = self.gradients.of(examples, (self.config.seed * 1_000_003 + state.step) % 2**63)
+        if found is None:
             return None
-        loss = float(sum(losses)) / supervised
+        rows, loss = found
+        supervised = sum(len(row.targets) for row in rows)
         self._check_finite(loss, state.step + 1, indices, examples)
         if self.adalora:
             self.adalora.backward()
@@ -266,20 +253,8 @@ class Trainer:
             "supervised_tokens": supervised,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
-            "memory_bytes": _memory(self.rows.device),
+            "memory_bytes": _memory(self.gradients.device),
         }
-
-    def _backward(self, rows: list[Row], supervised: int) -> list[Tensor] | None:
-        """The loss of each row, with the gradients of their mean added to the parameters'; None if interrupted."""
-        if isinstance(self.rows, StreamedRows):
-            return self.rows.backward(rows, supervised, lambda: self._interrupted)
-        losses: list[Tensor] = []
-        for row in rows:
-            if self._interrupted:
-                return None
-            self.fast.start(unchanged=bool(losses))
-            losses.append(self.graphs.backward(row, 1 / supervised))
-        return losses  # read after the last row: the device need not wait
 
     def _check_finite(self, value: float, step: int, indices: list[int], examples: list[TokenizedExample]) -> None:
         if math.isfinite(value):
@@ -303,7 +278,7 @@ class Trainer:
 
     def _evaluate(self, setup: Setup, state: Progress) -> None:
         options = self.config.train
-        loss = heldout_loss(self.rows, setup.heldout, options.micro_batch_tokens, options.eval_examples)
+        loss = heldout_loss(self.gradients.rows, setup.heldout, self.gradients.row_tokens, options.eval_examples)
         best = state.best_loss is None or loss < state.best_loss
         if best:
             state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0

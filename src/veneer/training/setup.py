@@ -32,7 +32,15 @@ from veneer.errors import DataError, RunError
 from veneer.formats.peft import base_record
 from veneer.version import __version__
 
-MAY_CHANGE = {"out", "device", "train.stream", "train.save_every", "train.keep_checkpoints", "train.log_to"}
+MAY_CHANGE = {
+    "out",
+    "device",
+    "train.stream",
+    "train.vram",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.log_to",
+}
 """Keys that a resumed run may set anew: they do not change its result."""
 
 
