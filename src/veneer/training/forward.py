@@ -28,6 +28,11 @@ ATTENTION = "veneer_packed"
 _current: dict[str, list[tuple[int, int, int, int]]] = {}
 
 
+def segments_of(row: Row) -> list[tuple[int, int, int, int]]:
+    """The row's segments as the attention takes them."""
+    return [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
+
+
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **extra):
     """`packed_attention` behind transformers' attention interface."""
     if extra.get("softcap") is not None or extra.get("s_aux") is not None:
@@ -88,6 +93,10 @@ class RowModel:
 
     def loss(self, row: Row) -> Tensor:
         """Summed cross-entropy over the row's targets, a float32 scalar."""
+        return self.losses(row, "sum")
+
+    def losses(self, row: Row, reduction: str = "none") -> Tensor:
+        """Cross-entropy at each of the row's N targets, (N) float32; with reduction "sum" their sum."""
         device = next(self.model.parameters()).device
         ids, positions, predictors, targets = (
             torch.from_numpy(part).to(device) for part in (row.input_ids, row.position_ids, row.predictors, row.targets)
@@ -99,32 +108,32 @@ class RowModel:
             inputs["veneer_layout"] = Layout.of(_current["segments"], device)
         if not self.fast_head:
             logits = self.model(**inputs).logits[0, predictors].float()
-            return F.cross_entropy(logits, targets, reduction="sum")
+            return F.cross_entropy(logits, targets, reduction=reduction)
         hidden = self.model.base_model(**inputs).last_hidden_state[0].index_select(0, predictors)
-        return self._head_loss(hidden, targets)
+        return self._head_loss(hidden, targets, reduction)
 
-    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _head_loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         head = output_head(self.model)
         if type(head) is nn.Linear and not head.weight.requires_grad:
-            options = {"softcap": self.head.softcap, "logit_scale": self.head.scale}
+            options = {"softcap": self.head.softcap, "logit_scale": self.head.scale, "reduction": reduction}
             return dispatch.linear_cross_entropy(hidden, head.weight, head.bias, targets, **options)
         rows = max(1, CHUNK_BYTES // (4 * head.out_features))
         parts = zip(hidden.split(rows), targets.split(rows))
-        return sum(checkpoint(self._plain_loss, head, h, t, use_reentrant=False) for h, t in parts)
+        losses = [checkpoint(self._plain_loss, head, h, t, reduction, use_reentrant=False) for h, t in parts]
+        return sum(losses) if reduction == "sum" else torch.cat(losses)
 
-    def _plain_loss(self, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _plain_loss(self, head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         logits = head(hidden).float() * self.head.scale
         if self.head.softcap is not None:
             logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
-        return F.cross_entropy(logits, targets, reduction="sum")
+        return F.cross_entropy(logits, targets, reduction=reduction)
 
     @contextmanager
-    def row(self, row: Row) -> Iterator[Tensor]:
-        """The row's loss, with its segments in force for the forward pass and for a backward inside the block."""
-        segments = [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
-        _current["segments"] = segments
+    def row(self, row: Row, reduction: str = "sum") -> Iterator[Tensor]:
+        """The row's loss (or losses), its segments in force for the forward pass and a backward inside the block."""
+        _current["segments"] = segments_of(row)
         try:
-            yield self.loss(row)
+            yield self.losses(row, reduction)
         finally:
             _current.clear()
 
