@@ -143,14 +143,11 @@ class Bank:
         return f"it adapts {', '.join(sorted(kinds))} modules" if kinds else None
 
     @contextmanager
-    def route_tokens(
-        self, lengths: Mapping[str, int], *, streams: Mapping[str, Stream] | None = None, isolated: bool = False
-    ) -> Iterator[None]:
+    def route_tokens(self, lengths: Mapping[str, int], streams: Mapping[str, Stream] | None = None) -> Iterator[None]:
         """Each adapter its own run of the tokens of one packed row, in this order, for the length of a `with` block.
 
         The backward pass belongs in the block too. The runs cover the row; a length may be 0. `streams` are the random
-        numbers for each adapter's dropout. With `isolated`, not even a NaN passes from one adapter's tokens to another's.
-        Raises `AdapterStateError` for an adapter that `lone` says cannot be routed so.
+        numbers for each adapter's dropout. Raises `AdapterStateError` for an adapter that `lone` says cannot be routed so.
         """
         for name in lengths:
             if reason := self.lone(name):
@@ -158,7 +155,7 @@ class Bank:
         device = next(self.model.parameters()).device
         with self._restoring():
             self.activate(None)
-            self.routing.ranges, self.routing.streams = Ranges.of(lengths, device, isolated), dict(streams or {})
+            self.routing.ranges, self.routing.streams = Ranges.of(lengths, device), dict(streams or {})
             try:
                 yield
             finally:

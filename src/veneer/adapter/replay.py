@@ -16,7 +16,8 @@ State = tuple[dict[str, float], tuple[str | None, ...] | None, dict[str, Tensor 
 
 
 class Replay:
-    """Notes at each training call who acted (stack, rows, aLoRA's places, ranges), and puts it back for the call's own gradient.
+    """Notes at each training call who acted (stack, rows, aLoRA's places, ranges), and puts it back for the call's own
+    gradient.
 
     Between a call and its backward pass another adapter may have been activated, a `route` block left, or a sequence
     with another invocation read. When the backward pass ends, the present state returns. Modules that an adapter swaps

@@ -23,16 +23,14 @@ class Ranges:
     """Which adapter each of T packed tokens belongs to: adapters have one contiguous range each, which cover the row.
 
     `bounds` maps name → (start, end), `number` name → the adapter's number, `owner` (T, int64) holds each token's number.
-    With `isolated`, only the way of computing in which ranges cannot touch each other is taken.
     """
 
     bounds: dict[str, tuple[int, int]]
     number: dict[str, int]
     owner: Tensor
-    isolated: bool = False
 
     @classmethod
-    def of(cls, lengths: Mapping[str, int], device: torch.device, isolated: bool = False) -> Ranges:
+    def of(cls, lengths: Mapping[str, int], device: torch.device) -> Ranges:
         """From the length of each adapter's range, in order; a length may be 0."""
         bounds, at = {}, 0
         for name, length in lengths.items():
@@ -40,7 +38,7 @@ class Ranges:
             at += length
         owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(list(lengths.values())))
         number = {name: i for i, name in enumerate(lengths)}
-        return cls(bounds, number, owner.to(device, non_blocking=True), isolated)
+        return cls(bounds, number, owner.to(device, non_blocking=True))
 
     @property
     def tokens(self) -> int:
@@ -168,7 +166,7 @@ def ranged_lora_linear(
     """Fast path of `veneer.kernels.reference.ranged_lora_linear`; the weight gets no gradient."""
     compiling = torch.compiler.is_compiling()
     factors = [f for pair in zip(lora_A, lora_B) for f in pair]
-    if (compiling or x.is_cuda) and not ranges.isolated:
+    if compiling or x.is_cuda:
         mask = ranges.mask(names, [a.shape[0] for a in lora_A])
         if compiling and isinstance(weight, Tensor):  # the compiler fuses plain code better, and picks what to keep
             return stacked_lora_linear(x, weight, bias, lora_A, lora_B, scaling, mask)

@@ -21,6 +21,7 @@ from veneer.errors import BaseModelError
 from veneer.kernels import dispatch
 from veneer.kernels.attention import Layout, has_varlen, layout_attention, packed_attention
 from veneer.kernels.cross_entropy import CHUNK_BYTES
+from veneer.training.lower import Start
 
 ATTENTION = "veneer_packed"
 # The segments of the row now in work. One slot for the process, not a context variable: with checkpointing, blocks are
@@ -95,11 +96,16 @@ class RowModel:
         """Summed cross-entropy over the row's targets, a float32 scalar."""
         return self.losses(row, "sum")
 
-    def losses(self, row: Row, reduction: str = "none") -> Tensor:
-        """Cross-entropy at each of the row's N targets, (N) float32; with reduction "sum" their sum."""
+    def losses(self, row: Row, reduction: str = "none", start: Start | None = None) -> Tensor:
+        """Cross-entropy at each of the row's N targets, (N) float32; with reduction "sum" their sum.
+
+        `start`: read these tokens in the row's place, which the model is made to turn into the row's on the way.
+        """
         device = next(self.model.parameters()).device
+        read = start.row if start is not None else row
         ids, positions, predictors, targets = (
-            torch.from_numpy(part).to(device) for part in (row.input_ids, row.position_ids, row.predictors, row.targets)
+            torch.from_numpy(part).to(device)
+            for part in (read.input_ids, read.position_ids, row.predictors, row.targets)
         )
         inputs = {"input_ids": ids[None], "use_cache": False}
         if len(row.segments) > 1:
@@ -129,11 +135,21 @@ class RowModel:
         return F.cross_entropy(logits, targets, reduction=reduction)
 
     @contextmanager
-    def row(self, row: Row, reduction: str = "sum") -> Iterator[Tensor]:
-        """The row's loss (or losses), its segments in force for the forward pass and a backward inside the block."""
-        _current["segments"] = segments_of(row)
+    def row(self, row: Row, reduction: str = "sum", start: Start | None = None) -> Iterator[Tensor]:
+        """The row's loss (or losses), its segments in force for the forward pass and a backward inside the block.
+
+        `start`: the tokens that the row has in several copies, for blocks in which they are the same.
+        """
+        _current["segments"] = segments_of(row if start is None else start.row)
         try:
-            yield self.losses(row, reduction)
+            if start is None:
+                yield self.losses(row, reduction)
+            else:
+                whole = segments_of(row)
+                layout = Layout.of(whole, next(self.model.parameters()).device) if self.varlen else None
+                with start.spreading(_current["segments"], whole, layout):
+                    losses = self.losses(row, reduction, start)
+                yield losses
         finally:
             _current.clear()
 
