@@ -135,7 +135,9 @@ def allowed(adapter):
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(st.tuples(ADAPTERS, TRAIN, st.integers(0, 2), st.integers(0, 9)), min_size=2, max_size=4), st.booleans())
+@given(
+    st.lists(st.tuples(ADAPTERS, TRAIN, st.integers(0, 2), st.integers(0, 9)), min_size=2, max_size=4), st.booleans()
+)
 def test_any_mix_of_adapters_ends_where_each_ends_alone(tmp_path_factory, mix, split):
     """Float64: what is left is rounding. Ranks, targets, rates, schedules, data, seeds and variants at random."""
     folder, model = tmp_path_factory.mktemp("mix"), tiny_llama().double()

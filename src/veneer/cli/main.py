@@ -26,6 +26,7 @@ from veneer.cli import (
     init,
     merge,
     resize,
+    sweep,
     train,
 )
 from veneer.errors import VeneerError
@@ -40,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.command)
+app.command("sweep")(sweep.command)
 app.command("eval")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)

@@ -43,11 +43,12 @@ class Lane(Trainer):
         self.alone = alone
         self.state = Progress()
         self.status: Status | None = None
-        """Why it left the pool; None before."""
+        """How it left the pool; None before."""
         self.reason = ""
         self.loss: float | None = None
         self.until: int | None = None
         """Pause after this step."""
+        self.rung_loss: float | None = None
         self.result: RunResult | None = None
         self.losses: list[Tensor] = []
         self.batch: Batch | None = None
@@ -130,6 +131,8 @@ class Lane(Trainer):
             self.setup.model.train()
             status = self.result.stopped
         elif status == "paused" and self.state.step:
+            if self.until and self.done and self.setup.heldout:
+                self.rung_loss = self.rung()
             path = self.out / "checkpoints" / f"step-{self.state.step:08d}"
             if not path.exists():
                 save_checkpoint(self.out, self.trained, self.state, self.config.train.keep_checkpoints)
