@@ -60,7 +60,8 @@ def cpu(args: argparse.Namespace) -> dict[str, Any]:
                 runs[side].append(one_sweep(args, batch, at_once))
                 print(f"batch {batch} {side}: {runs[side][-1]}", flush=True)
         medians = {
-            side: {key: statistics.median(run[key] for run in found) for key in found[0]} for side, found in runs.items()
+            side: {key: statistics.median(run[key] for run in found) for key in found[0]}
+            for side, found in runs.items()
         }
         a, b = medians["together"], medians["one after another"]
         case = {
@@ -109,7 +110,12 @@ def one_sweep(args: argparse.Namespace, batch: int, at_once: int) -> dict[str, f
         module.Pool = plain
         shutil.rmtree(folder)
     seconds, cpu_seconds = (sum(part) for part in zip(*marks))
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens, "adapter_tokens_per_second": tokens / seconds}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "tokens": tokens,
+        "adapter_tokens_per_second": tokens / seconds,
+    }
 
 
 if __name__ == "__main__":

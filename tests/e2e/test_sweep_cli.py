@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 import yaml
+from commands import write_conversations
 from safetensors.torch import load_file
 
-from commands import write_conversations
 from veneer.config import TrainConfig
 from veneer.training.metrics import read_metrics
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -17,7 +15,6 @@ from veneer.adapter.attach import detach
 from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.data.prepare import Counts
-from veneer.errors import AdapterStateError
 from veneer.training import many
 from veneer.training.loop import Trainer
 from veneer.training.metrics import read_metrics
@@ -154,3 +151,161 @@ def test_any_mix_of_adapters_ends_where_each_ends_alone(tmp_path_factory, mix, s
         mine, theirs = ([r for r in read_metrics(x.out) if r["type"] == "train"] for x in (c, one))
         for key in ("step", "lr", "loss", "grad_norm", "tokens", "computed_tokens", "supervised_tokens", "epoch"):
             assert [r[key] for r in mine] == pytest.approx([r[key] for r in theirs], rel=1e-5), key
+
+
+def test_variants_train_together_as_alone(tmp_path):
+    """AdaLoRA, LoRA-FA, PiSSA, DoRA with dropout and a trained bias of their own, in one pass."""
+    model = tiny_llama().double()
+    adapters = [
+        {"rank": 6, "adalora": {"target_rank": 3, "tinit": 2, "tfinal": 2}},
+        {"lora_fa": True},
+        {"init": "pissa"},
+        {"dora": True, "dropout": 0.3},
+        {"lora_bias": True, "target_modules": "mlp"},
+        {"init": "eva", "target_modules": "attention"},  # computed while others train
+    ]
+    configs = [config(tmp_path / f"{i}", adapter=a, train={"epochs": 3}) for i, a in enumerate(adapters)]
+    for c in configs:
+        c.adapter.init_options.examples = 3
+    data = [examples(i % 2, 9) for i in range(len(configs))]
+    expected = alone(model, configs, data)
+    for lane, one in zip(together(model, configs, data, tokens=4096), expected):
+        assert lane.status == "finished"
+        assert_same(lane.config.out, one.out, 1e-4)
+
+
+def test_equal_rows_go_through_the_blocks_below_the_first_adapted_one_once(tmp_path, monkeypatch):
+    model, seen = tiny_llama(num_hidden_layers=4).double(), {n: [] for n in range(4)}
+    adapter = {"layers": [2, 3]}
+    configs = [
+        config(tmp_path / "a", adapter=adapter | {"rank": 2}),
+        config(tmp_path / "b", adapter=adapter, train={"lr": 1e-3}),
+        config(tmp_path / "c", adapter={"layers": [3]}),
+        config(tmp_path / "d", adapter=adapter, seed=5),  # another order of the same data
+    ]
+    data = [examples(0)] * 4
+    expected = alone(model, configs, data)
+    for n, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(
+            lambda m, args, n=n: seen[n].append(args[0].shape[1]) if m.training else None
+        )
+    lanes = together(model, configs, data, tokens=4096)
+    for lane, one in zip(lanes, expected):
+        assert_same(lane.config.out, one.out, 1e-4)
+    assert seen[0] == seen[1] and seen[2] == seen[3] and len(seen[0]) > 1
+    for below, above in zip(seen[0], seen[2]):
+        assert 1.6 <= above / below <= 2.5  # of four copies, three are equal
+
+
+def test_passes_take_one_row_of_each_and_no_more_tokens_than_allowed():
+    class Sized:
+        def __init__(self, size):
+            self.input_ids = np.zeros(size)
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        rows = [[Sized(int(rng.integers(1, 50))) for _ in range(rng.integers(0, 4))] for _ in range(5)]
+        found = many.passes(rows, 60)
+        assert sum(len(p) for p in found) == sum(map(len, rows))
+        for one in found:
+            sizes = [len(row.input_ids) for _, row in one]
+            assert sum(sizes) <= 60 or len(sizes) == 1
+            assert [i for i, _ in one] == sorted({i for i, _ in one})
+        for i, mine in enumerate(rows):
+            assert [row for one in found for j, row in one if j == i] == mine
+
+
+def test_a_pass_too_large_for_memory_is_split_and_nothing_changes(tmp_path, monkeypatch):
+    model, real, sizes, notes = tiny_llama().double(), many.Pool._pass, [], []
+
+    def small(self, rows, lanes):
+        size = sum(len(row.input_ids) for _, row in rows)
+        if size > 150 and len(rows) > 1:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(size)
+        return real(self, rows, lanes)
+
+    configs = [config(tmp_path / f"{i}", seed=i, train={"micro_batch_tokens": 512}) for i in range(4)]
+    data = [examples(0)] * 4
+    expected = alone(model, configs, data)
+    monkeypatch.setattr(many.Pool, "_pass", small)
+    monkeypatch.setattr("builtins.print", lambda text: notes.append(text))
+    lanes = together(model, configs, data, tokens=4096)
+    for lane, one in zip(lanes, expected):
+        assert_same(lane.config.out, one.out, 1e-4)
+    assert max(sizes) <= 150 and any("did not fit into memory" in note for note in notes)
+
+
+@pytest.mark.parametrize("way", ["loop", "stacked"])
+def test_a_nan_neighbour_changes_nothing_for_the_others(way, tmp_path, monkeypatch):
+    """On a GPU products are stacked, where a NaN would spread: then the step is done again, one by one."""
+    if way == "stacked":
+        from veneer.kernels import ranges
+
+        def stacked(x, weight, bias, lora_A, lora_B, scaling, names, where):
+            mask = where.mask(names, [a.shape[0] for a in lora_A])
+            factors = [f for pair in zip(lora_A, lora_B) for f in pair]
+            return ranges.StackedLora.apply(x, weight, bias, mask, tuple(scaling), *factors)
+
+        monkeypatch.setattr(ranges, "ranged_lora_linear", stacked)
+    model = tiny_llama().double()
+    configs = [config(tmp_path / f"{i}", seed=i, adapter={"dropout": 0.1}) for i in range(3)]
+    data = [examples(i) for i in range(3)]
+    expected = alone(model, configs, data)
+
+    def spoil(pool):
+        for lane in pool.lanes:
+            if lane.name == "lane1" and lane.state.step == 1:
+                next(iter(lane.parameters.values())).data[0, 0] = float("nan")
+
+    lanes = together(model, configs, data, tokens=4096, spoil=spoil)
+    assert [lane.status for lane in lanes] == ["finished", "diverged", "finished"]
+    assert "step 2" in lanes[1].reason and (tmp_path / "1" / "bad_batch.json").exists()
+    for n in (0, 2):
+        assert_same(configs[n].out, expected[n].out, 1e-4)
+
+
+def test_early_stopping_is_each_ones_own(tmp_path):
+    model, data = tiny_llama().double(), examples(0)
+    stop = {"eval_every": 1, "early_stop": 2, "epochs": 8, "schedule": "constant"}
+    configs = [config(tmp_path / "a", train=stop | {"lr": 0.5}), config(tmp_path / "b", train=stop | {"lr": 1e-4})]
+    expected = alone(model, configs, [data] * 2, heldout=examples(3))
+    lanes = together(model, configs, [data] * 2, heldout=examples(3))
+    assert lanes[0].status == "early" and lanes[0].state.step < lanes[1].state.step
+    for lane, one in zip(lanes, expected):
+        assert_same(lane.config.out, one.out, 1e-4)
+        evals = [[r["loss"] for r in read_metrics(o) if r["type"] == "eval"] for o in (lane.config.out, one.out)]
+        assert evals[0] == pytest.approx(evals[1], rel=1e-5)
+
+
+def test_checkpointed_blocks_give_the_same(tmp_path):
+    model, data = tiny_llama(num_hidden_layers=3).double(), [examples(0)] * 2
+    adapter = {"layers": [1, 2]}
+    configs = [
+        config(tmp_path / f"{i}", adapter=adapter, train={"checkpointing": True, "lr": lr})
+        for i, lr in enumerate((1e-3, 5e-3))
+    ]
+    expected = alone(model, configs, data)
+    for lane, one in zip(together(model, configs, data, tokens=4096), expected):
+        assert_same(lane.config.out, one.out, 1e-4)
+    reason = many.lone_reason(config("x", adapter={"dropout": 0.1}, train={"checkpointing": True}), torch.device("cpu"))
+    assert "dropout" in reason
+
+
+def test_a_base_that_cannot_be_packed_trains_its_adapters_one_by_one(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    values = dict(
+        vocab_size=420, hidden_size=36, intermediate_size=52, num_hidden_layers=1, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=6, attn_logit_softcapping=5.0, _attn_implementation="eager",
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(Gemma2Config(**values)).eval().requires_grad_(False)
+    lane = many.Lane(config(tmp_path / "a"), "lane0", setup(model, examples(0)), lambda record: None)
+    with many.Pool(model, note=print) as pool:
+        assert "packing is off" in pool.add(lane, resume=False)
+        again = many.Lane(config(tmp_path / "a"), "lane0", setup(model, examples(0)), lambda r: None, alone=True)
+        assert pool.add(again, resume=True) is None
+        while pool.lanes:
+            pool.tick()
+    assert again.status == "finished" and (tmp_path / "a" / "adapter").exists()

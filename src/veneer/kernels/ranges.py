@@ -86,11 +86,12 @@ class StackedLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, factors, mask = ctx.saved_tensors[0], ctx.saved_tensors[2:], ctx.mask
+        x, weight, *factors = ctx.saved_tensors  # read once: a checkpointed block computes them again
+        mask = ctx.mask
         g, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         a, b = stack(factors[::2], factors[1::2], ctx.scaling, g.dtype)
         u = (g @ b).masked_fill_(~mask, 0)
-        grad_x = (g @ _kept(ctx, g.dtype)).addmm_(u, a).view_as(x) if ctx.needs_input_grad[0] else None
+        grad_x = (g @ _kept(ctx, weight, g.dtype)).addmm_(u, a).view_as(x) if ctx.needs_input_grad[0] else None
         ranks = [f.shape[0] for f in factors[::2]]
         grads_a = (u.t() @ x2).split(ranks)
         grads_b = (g.t() @ (x2 @ a.t()).masked_fill_(~mask, 0)).split(ranks, dim=1)
@@ -117,9 +118,9 @@ class RangedLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, factors = ctx.saved_tensors[0], ctx.saved_tensors[2:]
+        x, weight, *factors = ctx.saved_tensors  # read once: a checkpointed block computes them again
         g, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_x = g @ _kept(ctx, g.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = g @ _kept(ctx, weight, g.dtype) if ctx.needs_input_grad[0] else None
         found = []
         for n, ((start, end), s) in enumerate(zip(ctx.bounds, ctx.scaling)):
             if start == end:
@@ -145,8 +146,8 @@ def _save(ctx, x: Tensor, weight: Weight, factors: Sequence[Tensor]) -> None:
     ctx.dequantise = None if dense else weight
 
 
-def _kept(ctx, dtype: torch.dtype) -> Tensor:
-    return ctx.saved_tensors[1] if ctx.dequantise is None else ctx.dequantise(dtype)
+def _kept(ctx, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return ctx.dequantise(dtype) if weight is None else weight
 
 
 def _wanted(ctx, found: Sequence[Tensor | None]) -> list[Tensor | None]:

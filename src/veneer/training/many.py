@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter.attach import get_bank
+from veneer.adapter.init import DATA_DRIVEN
 from veneer.adapter.layers import Stream
 from veneer.config import TrainConfig
 from veneer.data.pack import Row, join
@@ -189,6 +190,8 @@ class Pool:
         """Take an adapter in. Returns why it has to train by itself, if it does; then it is not taken in."""
         if self.random and not lane.alone:
             return "the base itself draws random numbers (dropout), which would differ from a run of its own"
+        if lane.config.adapter.init in DATA_DRIVEN:  # it is computed with the model's own attention
+            self.close()
         lane.open(resume)
         reason = None if lane.alone else lane.bank.lone(lane.name)
         if reason is None and self.rows is None:
@@ -198,7 +201,8 @@ class Pool:
             return reason
         lane.bank.activate(lane.name if lane.alone else None)
         if not lane.alone:
-            lane.rows = self.rows
+            for one in (*self.lanes, lane):
+                one.rows = self.rows
             self.lower = SharedStart.of(self.model)
             self.tokens = self.wanted or max(self.tokens, lane.config.train.micro_batch_tokens)
         self.model.train()
