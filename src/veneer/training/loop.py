@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from veneer.training.forward import RowModel
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
+from veneer.training.signals import Interrupt
 from veneer.training.state import (
     Progress,
     Trained,
@@ -93,7 +91,7 @@ class Trainer:
         self.config, self.observe, self.name = config, observe or (lambda record: None), name
         self.out = Path(config.out)
         self.setup = setup
-        self._interrupted = 0
+        self._interrupted: Interrupt | int = Interrupt()
 
     def validate(self) -> Setup:
         """Load the base and the data and check everything that can be checked without training."""
@@ -125,7 +123,7 @@ class Trainer:
         """
         setup, state = self._open(resume)
         try:
-            with self._signals(), self.rows.attention(), self.fast:
+            with self._interrupted, self.rows.attention(), self.fast:
                 return self._steps(setup, state)
         finally:
             self.metrics.close()
@@ -370,28 +368,6 @@ class Trainer:
 
     def _note(self, text: str) -> None:
         self.observe({"type": "note", "text": text})
-
-    @contextmanager
-    def _signals(self):
-        """First Ctrl-C (or SIGTERM): save and end after this row. Second: end now."""
-
-        def stop(number, frame):
-            self._interrupted += 1
-            if self._interrupted > 1:
-                raise KeyboardInterrupt
-            print("\nstopping: saving a checkpoint (press Ctrl-C again to quit now)", file=sys.stderr, flush=True)
-
-        old = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                old[number] = signal.signal(number, stop)
-        except ValueError:  # not in the main thread: whoever runs us handles signals
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 def train(

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Interrupt:
-    """Inside a `with` block, the first signal makes this true; the second ends the program."""
+    """Inside a `with` block, the first Ctrl-C or SIGTERM makes this true; the second ends the program."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -21,7 +21,7 @@ class Interrupt:
         self.count += 1
         if self.count > 1:
             raise KeyboardInterrupt
-        print("\nstopping: saving checkpoints (press Ctrl-C again to quit now)", file=sys.stderr, flush=True)
+        print("\nstopping: saving a checkpoint (press Ctrl-C again to quit now)", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Interrupt:
         try:
