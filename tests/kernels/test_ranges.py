@@ -171,3 +171,28 @@ def test_what_cannot_share_a_row_is_refused(values, reason):
     assert reason in bank.lone("default")
     with pytest.raises(AdapterStateError, match=reason.replace("(", r"\(")), bank.route_tokens({"default": 4}):
         pass
+
+
+def test_a_block_compiles_into_one_graph_whatever_the_lengths():
+    """One adapter or several: no break and, with other lengths, nothing compiled anew."""
+    model, seen = tiny_llama(), []
+    mlp = model.model.layers[0].mlp
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    for i in range(3):
+        bank = veneer.attach(model, veneer.AdapterConfig(rank=2 + i), name=f"n{i}", seed=i)
+        for p in bank.parameters(f"n{i}").values():
+            p.data += 0.1 * torch.randn_like(p)
+    torch._dynamo.reset()
+    call = torch.compile(mlp, backend=backend, dynamic=True, fullgraph=True)
+    x = torch.randn(1, 31, 36)
+    torch.testing.assert_close(call(x), mlp(x))
+    assert len(seen) == 1
+    for lengths in ((5, 6, 7), (9, 3, 11), (0, 4, 9)):
+        x = torch.randn(1, sum(lengths), 36)
+        with bank.route_tokens(dict(zip(bank.names, lengths))):
+            torch.testing.assert_close(call(x), mlp(x))
+    assert len(seen) == 2
