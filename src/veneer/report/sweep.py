@@ -23,6 +23,7 @@ from veneer.version import __version__
 
 CURVES = 40
 """So many runs at most are drawn; the best ones."""
+TICKS = 8
 
 
 def write_sweep_report(out: str | Path) -> Path:
@@ -165,11 +166,15 @@ def scatter(trials: Sequence[dict], key: str, best: dict | None) -> str | None:
             if trial is best:
                 x = value if numeric else labels.index(str(value))
                 axes.plot([x], [loss], "o", color=plots.ORANGE, markersize=9, label="best")
-        if numeric and min(value for value, _, _ in found) > 0:
-            if max(value for value, _, _ in found) / min(value for value, _, _ in found) >= 8:
+        if numeric:
+            values = sorted({value for value, _, _ in found})
+            if values[0] > 0 and values[-1] / values[0] >= 8:
                 axes.set_xscale("log")
-        if not numeric:
+            if len(values) <= TICKS:  # the values themselves, not round numbers between them
+                axes.set_xticks(values, [f"{value:g}" for value in values])
+                axes.minorticks_off()
+        else:
             axes.set_xticks(range(len(labels)), labels)
-        axes.legend(frameon=False, labelcolor=plots.NEUTRAL)
+        axes.legend(frameon=False, labelcolor=plots.NEUTRAL, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
-    return plots.svg(f"Loss by {key}", key, "loss", draw, size=(5.0, 3.0), whole_steps=False)
+    return plots.svg(f"Loss by {key}", key, "loss", draw, size=(6.6, 4.0), whole_steps=False)

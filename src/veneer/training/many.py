@@ -104,24 +104,10 @@ class Lane(Trainer):
         self.loss, self.state.seconds = record["loss"], time.monotonic() - self.started
         self._after_step(self.setup, self.state, self.total, record)
 
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """This adapter alone on the model, for all rows."""
-        self.bank.activate(self.name)
-        try:
-            yield
-        finally:
-            self.bank.activate(None)
-
-    def _evaluate(self, setup: Setup, state: Progress) -> None:
-        with self.acting():
-            super()._evaluate(setup, state)
-
     def rung(self) -> float:
         """The held-out loss now, logged; it does not count for best, early stopping or the schedule."""
         options = self.config.train
-        with self.acting():
-            loss = heldout_loss(self.rows, self.setup.heldout, options.micro_batch_tokens, options.eval_examples)
+        loss = heldout_loss(self.rows, self.setup.heldout, options.micro_batch_tokens, options.eval_examples)
         self._log({"type": "rung", "step": self.state.step, "loss": loss})
         return loss
 
@@ -155,6 +141,20 @@ def lone_reason(config: TrainConfig, device: torch.device) -> str | None:
     if config.adapter.dropout and (config.train.checkpointing != "keep" or use_compile(config.train.compile, device)):
         return "its dropout draws its own random numbers, which recomputed and compiled blocks do not"
     return None
+
+
+class LaneRows:
+    """A `RowModel` for one adapter of a pool: its rows go through as in a pass, so that compiled blocks serve both."""
+
+    def __init__(self, rows: RowModel, pool: Pool, lane: Lane) -> None:
+        self.rows, self.pool, self.lane, self.model, self.pack = rows, pool, lane, rows.model, rows.pack
+
+    @contextmanager
+    def row(self, row: Row) -> Iterator[Tensor]:
+        """`RowModel.row` with the adapter acting."""
+        lengths = dict.fromkeys((lane.name for lane in self.pool.lanes), 0) | {self.lane.name: len(row.input_ids)}
+        with get_bank(self.model).route_tokens(lengths), self.rows.row(row) as loss:
+            yield loss
 
 
 class Pool:
@@ -202,11 +202,11 @@ class Pool:
         lane.bank.activate(lane.name if lane.alone else None)
         if not lane.alone:
             for one in (*self.lanes, lane):
-                one.rows = self.rows
+                one.rows = LaneRows(self.rows, self, one)
             self.lower = SharedStart.of(self.model)
             self.tokens = self.wanted or max(self.tokens, lane.config.train.micro_batch_tokens)
         self.model.train()
-        self.lanes.append(lane)
+        self.lanes = sorted([*self.lanes, lane], key=lambda one: one.name)  # compiled code knows their order
         return None
 
     def _start(self, lane: Lane) -> str | None:
@@ -216,8 +216,8 @@ class Pool:
         else:
             options = lane.config.train
             self.rows = RowModel(self.model)
-            with lane.acting():
-                self.rows.check([lane.setup.train[i] for i in range(min(8, len(lane.setup.train)))])
+            lane.bank.activate(lane.name)
+            self.rows.check([lane.setup.train[i] for i in range(min(8, len(lane.setup.train)))])
             if not self.rows.packing:
                 reason, self.rows = self.rows.notes[-1], None
                 return reason
@@ -225,6 +225,8 @@ class Pool:
                 self.note(text)
             compiled = use_compile(options.compile, next(self.model.parameters()).device)
             self.fast = Accelerated(self.model, modes=options.checkpointing, compile=compiled, note=self.note)
+            if compiled:  # each set of ranks is code of its own, and above the limit blocks would run uncompiled
+                self._stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
         self._stack.enter_context(self.rows.attention())
         self._stack.enter_context(self.fast)
         return None

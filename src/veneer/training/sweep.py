@@ -12,6 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ from veneer.training.signals import Interrupt
 from veneer.training.state import checkpoints
 from veneer.training.trials import FILE, OVER, Trial, base_key, finite, last_losses, listed, read_sweep
 from veneer.version import __version__
-
-LANE = "lane"
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Sweep:
             config = self.configs[trial.name].adapter.model_copy(update={"adalora": None})
             if not config.new_tokens and not isinstance(config.invocation, str):
                 try:
-                    planned(model, config, lane_name(self.trials.index(trial)))
+                    planned(model, config)
                 except VeneerError as error:
                     raise type(error)(f"{trial.name}: {error}") from None
 
@@ -199,7 +198,7 @@ class Sweep:
     def _enter(self, pool: Pool, waiting: deque[Trial], model: Any, tokenizer: Any, share: float) -> None:
         """Put the next trial into the pool, where memory allows."""
         trial = waiting.popleft()
-        lane = self._lane(trial, model, tokenizer)
+        lane = self._lane(trial, {lane.name for lane in pool.lanes}, model, tokenizer)
         total = lane.setup.total_steps(lane.config.train)
         lane.until = max(1, math.ceil(total * share)) if share < 1 else None
         try:
@@ -218,7 +217,7 @@ class Sweep:
         if reason is not None:
             trial.alone = reason
 
-    def _lane(self, trial: Trial, model: torch.nn.Module, tokenizer: Any) -> Lane:
+    def _lane(self, trial: Trial, taken: set[str], model: torch.nn.Module, tokenizer: Any) -> Lane:
         config = self.configs[trial.name]
         key = json.dumps([config.data.model_dump(), config.data.heldout_fraction and config.seed], default=str)
         if key not in self._data:
@@ -227,12 +226,13 @@ class Sweep:
         def observe(record: dict[str, Any]) -> None:
             self.observe(record | {"run": trial.name})
 
-        name = lane_name(self.trials.index(trial))
+        # The first free name, so that blocks which were compiled for an adapter of these ranks serve the next one too.
+        name = next(name for name in (f"lane{i}" for i in count()) if name not in taken)
         return Lane(config, name, replace(self._data[key]), observe, alone=bool(trial.alone))
 
     def _left(self, lane: Lane) -> None:
         """Note how a trial stands now that it has left the pool."""
-        trial = self.trials[int(lane.name.removeprefix(LANE))]
+        trial = next(trial for trial in self.trials if self.configs[trial.name] is lane.config)
         trial.step, trial.seconds, trial.reason = lane.state.step, lane.state.seconds, lane.reason
         trial.loss, heldout = last_losses(lane.out)
         trial.heldout = lane.state.best_loss if lane.status == "early" else heldout
@@ -259,11 +259,6 @@ class Sweep:
 
     def _note(self, text: str) -> None:
         self.observe({"type": "note", "text": text})
-
-
-def lane_name(number: int) -> str:
-    """What a trial's adapter is called on the model."""
-    return f"{LANE}{number}"
 
 
 def started(run: Path) -> bool:
