@@ -38,8 +38,6 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def plain_weight(module: nn.Module) -> Tensor | None:
     """`weight_of` where it is a view of the module's own parameter, so that kernels may use it; else None."""
-    if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
-        return module.weight  # torch.compile cannot trace what tells quantised ones apart: most never get there
     if (type(module) is nn.Linear and not is_quantised(module)) or is_conv1d(module):
         return weight_of(module)
     return None

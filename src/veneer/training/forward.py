@@ -29,11 +29,6 @@ ATTENTION = "veneer_packed"
 _current: dict[str, list[tuple[int, int, int, int]]] = {}
 
 
-def segments_of(row: Row) -> list[tuple[int, int, int, int]]:
-    """The row's segments as the attention takes them."""
-    return [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
-
-
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **extra):
     """`packed_attention` behind transformers' attention interface."""
     if extra.get("softcap") is not None or extra.get("s_aux") is not None:
@@ -69,6 +64,11 @@ class Head:
         )
 
 
+def segments_of(row: Row) -> list[tuple[int, int, int, int]]:
+    """A row's segments as (start, end, prefix_start, prefix_end)."""
+    return [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
+
+
 class RowModel:
     """A causal language model as a function of packed rows.
 
@@ -102,16 +102,30 @@ class RowModel:
         `start`: read these tokens in the row's place, which the model is made to turn into the row's on the way.
         """
         device = next(self.model.parameters()).device
-        read = start.row if start is not None else row
-        ids, positions, predictors, targets = (
+        read = row if start is None else start.row
+        tensors = tuple(
             torch.from_numpy(part).to(device)
             for part in (read.input_ids, read.position_ids, row.predictors, row.targets)
         )
+        layout = Layout.of(segments_of(read), device) if self.packing and self.varlen else None
+        return self.tensor_loss(*tensors, layout, len(row.segments) > 1, reduction)
+
+    def tensor_loss(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        predictors: Tensor,
+        targets: Tensor,
+        layout: Layout | None,
+        packed: bool,
+        reduction: str = "sum",
+    ) -> Tensor:
+        """`losses` of a row's tensors. Targets below 0 count for nothing."""
         inputs = {"input_ids": ids[None], "use_cache": False}
-        if len(row.segments) > 1:
+        if packed:
             inputs["position_ids"] = positions[None]
-        if self.packing and self.varlen:
-            inputs["veneer_layout"] = Layout.of(_current["segments"], device)
+        if layout is not None:
+            inputs["veneer_layout"] = layout
         if not self.fast_head:
             logits = self.model(**inputs).logits[0, predictors].float()
             return F.cross_entropy(logits, targets, reduction=reduction)
