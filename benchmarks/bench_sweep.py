@@ -161,24 +161,32 @@ def gpu(args: argparse.Namespace) -> None:
         "command": "python " + " ".join(sys.argv), "machine": machine() | {"device": name}, "shape": shape,
         "adapters": args.adapters, "tokens_each": tokens, "base_bytes": _allocated(device), "cases": {},
     }  # fmt: skip
-    for compiled in ("on", "off") if device.type == "cuda" else ("off",):
-        for count in (1, args.adapters):
-            case = f"{'one by itself' if count == 1 else 'together'}, compile {compiled}"
-            if time.monotonic() - began > args.limit_seconds:
-                result["cases"][case] = {"left_out": "the time was up"}
-                continue
-            try:
-                result["cases"][case] = steps_of(model, count, tokens, compiled, args, result["base_bytes"])
-            except Exception as error:
-                result["cases"][case] = {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-            print(case, {k: v for k, v in result["cases"][case].items() if k not in ("steps", "trace")}, flush=True)
-            summarise(result, args.adapters)
-            save(args.out, result)
+    plain = {"compile": "off"}
+    cases = {"one by itself, uncompiled": (1, plain), "together, uncompiled": (args.adapters, plain)}
+    if device.type == "cuda":
+        cases = {
+            "one by itself": (1, {}),
+            "together": (args.adapters, {}),
+            "one by itself, no CUDA graphs": (1, {"cuda_graphs": "off"}),
+        } | cases
+    for case, (count, options) in cases.items():
+        if time.monotonic() - began > args.limit_seconds:
+            result["cases"][case] = {"left_out": "the time was up"}
+            continue
+        try:
+            result["cases"][case] = steps_of(model, count, tokens, options, args, result["base_bytes"])
+        except Exception as error:
+            result["cases"][case] = {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        print(case, {k: v for k, v in result["cases"][case].items() if k not in ("steps", "trace")}, flush=True)
+        summarise(result, args.adapters)
+        save(args.out, result)
     result["seconds"] = time.monotonic() - began
     save(args.out, result)
 
 
-def steps_of(model: Any, count: int, tokens: int, compiled: str, args: argparse.Namespace, base: int) -> dict[str, Any]:
+def steps_of(
+    model: Any, count: int, tokens: int, settings: dict, args: argparse.Namespace, base: int
+) -> dict[str, Any]:
     """Times and memory of the steps of `count` adapters."""
     import numpy as np
     import torch
@@ -194,7 +202,7 @@ def steps_of(model: Any, count: int, tokens: int, compiled: str, args: argparse.
     device, folder = next(model.parameters()).device, Path(tempfile.mkdtemp())
     record = {"name_or_path": "random", "quant": None, "fingerprint": fingerprint(model).as_dict()}
     times, notes, pool, lanes = [], [], None, []
-    options = {"batch_size": 1, "micro_batch_tokens": tokens * count, "save_every": 10**6, "compile": compiled}
+    options = {"batch_size": 1, "micro_batch_tokens": tokens * count, "save_every": 10**6} | settings
     try:
         with Pool(model, note=notes.append) as pool:
             for i in range(count):
