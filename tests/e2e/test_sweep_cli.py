@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 
 from veneer.config import TrainConfig
 from veneer.training.metrics import read_metrics
+from veneer.training.sweep import Sweep, SweepOptions
+from veneer.training.trials import named_trials
 
 
 @pytest.fixture
@@ -193,6 +196,50 @@ def test_killed_and_resumed_all_end_as_alone(cli, yaml_file, tmp_path):
     before = weights(out / trials[0]["name"])
     assert cli("train", out, "--resume").code == 0
     assert all(torch.equal(value, before[key]) for key, value in weights(out / trials[0]["name"]).items())
+
+
+def test_interrupted_halving_goes_on_to_the_same_end(cli, yaml_file, tmp_path):
+    values = yaml.safe_load(yaml_file(epochs=4, eval_every=100).read_text())
+    settings = [{"train.lr": lr} for lr in (1e-6, 1e-5, 1e-2, 2e-2)]
+
+    def start(out, stop_at=None):
+        seen = []
+
+        def observe(record):
+            seen.extend([1] if record["type"] == "train" else [])
+            if len(seen) == stop_at:
+                sweep.interrupt.count = 1
+
+        sweep = Sweep(
+            out, values | {"out": str(out)}, named_trials(settings), SweepOptions("halving", 3), observe=observe
+        )
+        return sweep.run()
+
+    assert not start(tmp_path / "plain").interrupted
+    for stop_at in (5, 15):  # before the first rung, and between the two
+        out = tmp_path / f"stopped-{stop_at}"
+        assert start(out, stop_at).interrupted
+        done = cli("sweep", out, "--resume")
+        assert done.code == 0, done.err
+        plain, mine = (json.loads((o / "sweep.json").read_text())["trials"] for o in (tmp_path / "plain", out))
+        for one, other in zip(plain, mine):
+            assert (one["status"], one["step"], one["reason"]) == (other["status"], other["step"], other["reason"])
+            assert one["rungs"] == pytest.approx(other["rungs"], rel=1e-4)
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(cli, yaml_file, tmp_path):
+    out = tmp_path / "sweep"
+    assert cli("sweep", yaml_file(), "--set", "seed=1,2").code == 0
+    before = {run: weights(out / run) for run in ("1-seed=1", "2-seed=2")}
+    record = json.loads((out / "sweep.json").read_text())
+    for trial in record["trials"]:
+        trial["status"] = "waiting"
+        shutil.rmtree(out / trial["name"] / "adapter")
+    (out / "sweep.json").write_text(json.dumps(record))
+    assert cli("sweep", out, "--resume").code == 0
+    for run, old in before.items():
+        assert [r["step"] for r in read_metrics(out / run) if r["type"] == "train"] == list(range(1, 7))
+        assert all(torch.equal(value, old[key]) for key, value in weights(out / run).items())
 
 
 @pytest.mark.parametrize(

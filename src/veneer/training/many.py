@@ -233,20 +233,20 @@ class Pool:
 
     def tick(self) -> list[Lane]:
         """One step of every adapter; those that are done, have diverged or have to pause leave and are returned."""
-        if self.lanes and self.lanes[0].alone:
-            failed = self._step_alone(self.lanes[0])
-        else:
-            failed = self._step()
-        gone = []
-        for lane in list(self.lanes):
+        gone = self._leaving({})  # a resumed one may have no step left
+        if self.lanes:
+            failed = self._step_alone(self.lanes[0]) if self.lanes[0].alone else self._step()
+            gone += self._leaving(failed)
+        return gone
+
+    def _leaving(self, failed: dict[Lane, str]) -> list[Lane]:
+        gone = [lane for lane in self.lanes if lane in failed or lane.done]
+        for lane in gone:
             if lane in failed:
                 lane.leave("diverged", failed[lane])
-            elif lane.done:
+            else:
                 paused = lane.state.step < lane.total and not lane.state.stopped_early
                 lane.leave("paused" if paused else None)
-            else:
-                continue
-            gone.append(lane)
             self.lanes.remove(lane)
         return gone
 
