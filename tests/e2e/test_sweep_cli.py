@@ -227,6 +227,13 @@ def test_interrupted_halving_goes_on_to_the_same_end(cli, yaml_file, tmp_path):
             assert one["rungs"] == pytest.approx(other["rungs"], rel=1e-4)
 
 
+def test_on_a_quantised_base(cli, yaml_file, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    done = cli("sweep", yaml_file({"quant": "nf4"}), "--set", "adapter.rank=2,5")
+    assert done.code == 0, done.err
+    assert_as_alone(cli, tmp_path / "sweep" / "2-rank=5", tmp_path)
+
+
 def test_a_run_that_was_killed_after_its_last_step_takes_no_other(cli, yaml_file, tmp_path):
     out = tmp_path / "sweep"
     assert cli("sweep", yaml_file(), "--set", "seed=1,2").code == 0
