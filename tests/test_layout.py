@@ -96,7 +96,9 @@ def test_every_module_imports_alone():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["train", "--help"], ["explain", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], ["train", "--help"], ["explain", "--help"], ["sweep", "--help"]],
+    ids=" ".join,
 )
 def test_help_does_not_wait_for_torch(arguments):
     code = (

@@ -27,6 +27,7 @@ from veneer.cli import (
     merge,
     plan,
     resize,
+    sweep,
     train,
 )
 from veneer.errors import VeneerError
@@ -41,6 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.command)
+app.command("sweep")(sweep.command)
 app.command("eval")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import cross_entropy, lora, quantised, reference
+from veneer.kernels import cross_entropy, lora, quantised, ranges, reference
 from veneer.kernels.quantised import Dequantise
 
 Impl = Literal["auto", "fast", "reference"]
@@ -70,6 +71,29 @@ def dora_linear(
     return (lora if fast else reference).dora_linear(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
 
 
+def ranged_lora_linear(
+    x: Tensor,
+    weight: ranges.Weight,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    names: Sequence[str],
+    where: ranges.Ranges,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Frozen linear plus the adapters `names`, each on its own range of the row's tokens; see
+    `veneer.kernels.reference.ranged_lora_linear`. `weight` may be a function that dequantises it."""
+    possible = not torch.is_autocast_enabled(x.device.type)
+    if isinstance(weight, Tensor):
+        possible = possible and not weight.requires_grad and x.dtype == weight.dtype
+    if _use_fast(impl, possible, NOT_FROZEN):
+        return ranges.ranged_lora_linear(x, weight, bias, lora_A, lora_B, scaling, names, where)
+    bounds = [where.bounds[name] for name in names]
+    return reference.ranged_lora_linear(x, weight, bias, lora_A, lora_B, scaling, bounds)
+
+
 NOT_FROZEN = "the weight is trained, has another dtype than x, or autocast chooses dtypes"
 
 
@@ -91,10 +115,12 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    reduction: Literal["sum", "none"] = "sum",
     impl: Impl = "auto",
 ) -> Tensor:
-    """Head and summed loss; see `veneer.kernels.reference.linear_cross_entropy`."""
+    """Head and loss, summed or each position's; see `veneer.kernels.reference.linear_cross_entropy`."""
     possible = not weight.requires_grad and (bias is None or not bias.requires_grad) and hidden.dtype == weight.dtype
     fast = _use_fast(impl, possible, "the head is trained or has another dtype than the hidden states")
     module = cross_entropy if fast else reference
-    return module.linear_cross_entropy(hidden, weight, bias, targets, softcap=softcap, logit_scale=logit_scale)
+    options = {"softcap": softcap, "logit_scale": logit_scale, "reduction": reduction}
+    return module.linear_cross_entropy(hidden, weight, bias, targets, **options)
