@@ -201,7 +201,9 @@ def check_base(model: nn.Module, path: Path, force: bool, mine: Fingerprint | No
     base = read_object(path / PROVENANCE).get("base", {})
     if not base.get("fingerprint"):
         return
-    reason = mismatch(mine or Fingerprint.from_dict(base_record(model)["fingerprint"]), Fingerprint.from_dict(base["fingerprint"]))
+    reason = mismatch(
+        mine or Fingerprint.from_dict(base_record(model)["fingerprint"]), Fingerprint.from_dict(base["fingerprint"])
+    )
     if reason:
         raise WrongBaseError(
             f"{path} was trained on another base ({base.get('name_or_path') or 'unnamed'}): {reason}; "
