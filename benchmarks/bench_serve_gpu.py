@@ -113,10 +113,9 @@ class Bench:
             for ticket in [self.ask(n, f"a{n}", 1, 1) for n in missing[start : start + self.o.slots]]:
                 list(ticket)
 
-    def ask(self, n: int, adapter: str | None, new: int) -> Any:
-        prompt = torch.randint(
-            1, self.o.vocabulary, (self.o.prompt,), generator=torch.Generator().manual_seed(n)
-        ).tolist()
+    def ask(self, n: int, adapter: str | None, new: int, length: int = 0) -> Any:
+        generator = torch.Generator().manual_seed(n)
+        prompt = torch.randint(1, self.o.vocabulary, (length or self.o.prompt,), generator=generator).tolist()
         sampling = Sampling(new, temperature=0.0, ignore_eos=True)
         return self.engine.submit(Request(prompt, sampling, ((adapter, 1.0),) if adapter else ()))
 
