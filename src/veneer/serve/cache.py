@@ -87,28 +87,25 @@ class Tokens:
         self.masks: dict[int | None, list[Tensor]] = {}
 
     def attend(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
-        """query (1, H, B, D) → (1, B, H, D): softmax(s·q Kᵀ + mask) V, a batch entry for each row and key head."""
-        heads, width = self.cache.store.shape[3], query.shape[-1]
+        """query (1, H, B, D) → (1, B, H, D)."""
+        heads = self.cache.store.shape[3]
         query = query[0].transpose(0, 1).unflatten(1, (heads, -1))  # (B, K, G, D): a key head's queries are its tokens
-        query = query * (width**-0.5 if scale is None else scale)
         if window not in self.masks:
             self.masks[window] = [self._mask(run, window, query) for run in self.runs]
         parts = []
         for (start, end, slot, reach), mask in zip(self.runs, self.masks[window]):
-            keys, values = self.cache.store[layer, :, slot : slot + end - start, :, :reach].flatten(1, 2)
-            logits = torch.bmm(query[start:end].reshape(-1, query.shape[2], width), keys.transpose(1, 2))
-            weights = (logits.unflatten(0, (-1, heads)) + mask).float().softmax(-1).to(values.dtype)
-            parts.append(torch.bmm(weights.flatten(0, 1), values))
+            kv = self.cache.store[layer, :, slot : slot + end - start, :, :reach]
+            parts.append(F.scaled_dot_product_attention(query[start:end], kv[0], kv[1], mask, scale=scale))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.view(1, query.shape[0], -1, width)
+        return out.flatten(1, 2).unsqueeze(0)
 
     def _mask(self, run: list[int], window: int | None, query: Tensor) -> Tensor:
-        """(B', 1, 1, reach), 0 where a row sees a key and -inf elsewhere."""
+        """(B', 1, G, reach), 0 where a row sees a key and -inf elsewhere."""
         start, end, _, reach = run
         key, position = torch.arange(reach, device=query.device), self.positions[start:end].unsqueeze(1)
         unseen = key > position if window is None else (key > position) | (key <= position - window)
         mask = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device).masked_fill_(unseen, float("-inf"))
-        return mask[:, None, None]
+        return mask[:, None, None].expand(-1, -1, query.shape[2], -1)
 
 
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, **extra):
