@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from veneer.kernels import cross_entropy, lora, quantised, ranges, reference
+from veneer.kernels import cross_entropy, grouped, lora, quantised, ranges, reference
 from veneer.kernels.quantised import Dequantise
 
 Impl = Literal["auto", "fast", "reference"]
@@ -92,6 +92,20 @@ def ranged_lora_linear(
         return ranges.ranged_lora_linear(x, weight, bias, lora_A, lora_B, scaling, names, where)
     bounds = [where.bounds[name] for name in names]
     return reference.ranged_lora_linear(x, weight, bias, lora_A, lora_B, scaling, bounds)
+
+
+def grouped_lora(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The adapters' updates, each row's own or their sum; see `veneer.kernels.reference.grouped_lora`."""
+    fast = _use_fast(impl, rows is not None and not torch.compiler.is_compiling(), "every row has all adapters")
+    return (grouped if fast else reference).grouped_lora(x, lora_A, lora_B, scaling, rows)
 
 
 NOT_FROZEN = "the weight is trained, has another dtype than x, or autocast chooses dtypes"
