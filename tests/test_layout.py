@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "data": COMMON | {"base"},
     "training": COMMON | {"kernels", "adapter", "base", "formats", "data"},
     "plan": COMMON | {"adapter", "base", "formats"},
+    "serve": COMMON | {"kernels", "adapter", "base", "formats", "data"},
     "report": COMMON | {"adapter", "formats", "data", "training", "plan"},
-    "cli": COMMON | {"adapter", "base", "formats", "data", "training", "plan", "report"},
+    "cli": COMMON | {"adapter", "base", "formats", "data", "training", "plan", "report", "serve"},
     "__main__": {"cli"},
 }
 """What each part of the package may import besides itself. `veneer/__init__.py` offers names of all of them."""
