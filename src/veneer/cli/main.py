@@ -26,6 +26,7 @@ from veneer.cli import (
     init,
     merge,
     resize,
+    serve,
     train,
 )
 from veneer.errors import VeneerError
@@ -45,6 +46,7 @@ app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
 app.command("explain")(explain.command)
+app.command("serve")(serve.command)
 app.command("merge")(merge.command)
 app.command("combine")(combine.command)
 app.command("export")(export.command)

@@ -69,7 +69,7 @@ def check_known(body: Sampled) -> None:
 
 
 class Reader:
-    """Reads bodies for one model. `context` is the engine's, `vocabulary` the number of rows of its embedding."""
+    """Reads bodies for one model. `context` is the engine's, `vocabulary` the number of tokens that the model knows."""
 
     def __init__(self, tokenizer: Any, *, context: int, vocabulary: int, guide: Guide) -> None:
         self.tokenizer, self.context, self.vocabulary, self.guide = tokenizer, context, vocabulary, guide
@@ -98,7 +98,9 @@ class Reader:
             if not prompt:
                 raise ApiError(400, "a prompt is empty", param="prompt")
             if max(prompt) >= self.vocabulary:
-                raise ApiError(400, f"token {max(prompt)} is not in the vocabulary of {self.vocabulary}", param="prompt")
+                raise ApiError(
+                    400, f"token {max(prompt)} is not in the vocabulary of {self.vocabulary}", param="prompt"
+                )
         return self._asked(body, prompts, adapters, body.max_tokens or COMPLETION_TOKENS, body.logprobs)
 
     def _asked(

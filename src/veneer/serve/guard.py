@@ -8,25 +8,17 @@ that a page of another origin made is refused. There are no CORS headers.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
+
+from starlette.exceptions import HTTPException
 
 from veneer.serve.problems import ApiError
 
 OPEN = ("/", "/health", "/web/app.js", "/web/style.css", "/web/icon.svg")
 """Answered without a key: the page's own files hold nothing, and asks for the key itself."""
 MAX_BODY = 8 * 2**20
-LOCAL = ("localhost", "127.0.0.1", "::1")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to bind to is reached from this machine alone."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def host_of(header: str) -> str:
@@ -86,7 +78,7 @@ def _limited(receive: Any) -> Any:
         message = await receive()
         size += len(message.get("body", b""))
         if size > MAX_BODY:
-            raise _too_large()
+            raise HTTPException(413, str(_too_large()))  # what FastAPI lets through while it reads a body
         return message
 
     return limited

@@ -25,14 +25,16 @@ class Guide:
         except ImportError:
             raise ApiError(
                 400,
-                "response_format needs llguidance, which this server lacks: pip install 'veneer[serve]'",
+                "response_format needs llguidance, which this server lacks: pip install 'veneer[json]'",
                 param=PARAM,
                 code="unsupported_parameter",
             ) from None
         try:
             return llguidance.hf.from_tokenizer(self.tokenizer, n_vocab=self.vocabulary, eos_token=self.ends)
         except ValueError as error:
-            raise ApiError(400, f"response_format: this model's tokenizer is not supported ({error})", param=PARAM) from None
+            raise ApiError(
+                400, f"response_format: this model's tokenizer is not supported ({error})", param=PARAM
+            ) from None
 
     def json(self, schema: dict[str, Any]) -> Callable[[], JsonGrammar]:
         """Makes grammars of `schema`, one for each answer. 400 for a schema that is not valid or not supported."""

@@ -29,6 +29,13 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_base(name: str) -> str:
+    """The name that a base is served under; `ConfigError` for one that a stack could not be told from."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}", name):
+        raise ConfigError(f"the base's name {name[:220]!r}: use letters, digits, '.', '_', '-' and '/' (--name)")
+    return name
+
+
 def parse_model(model: str, base: str, loaded: Container[str]) -> Stack:
     """The adapters, each with its weight, that `model` asks for; () is the base.
 
