@@ -14,7 +14,7 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.serve.errors import AdapterExists, AdapterRefused, UnknownAdapter
 from veneer.serve.folders import find_adapters, short_name
 from veneer.serve.names import check_name
-from veneer.serve.problems import STATUSES, ApiError
+from veneer.serve.problems import STATUSES, TEXT_STATUSES, ApiError
 from veneer.serve.schema import LoadRequest, UnloadRequest
 
 USER = "InvalidUserInput"
@@ -47,7 +47,7 @@ class AdapterList(BaseModel):
 
 def add_adapter_routes(app: FastAPI, registry: Any, *, base: str, allowed: list[Path]) -> None:
     """/v1/load_lora_adapter, /v1/unload_lora_adapter and /v1/adapters."""
-    text = {"response_class": PlainTextResponse, "responses": STATUSES}
+    text = {"response_class": PlainTextResponse, "responses": TEXT_STATUSES}
 
     @app.post("/v1/load_lora_adapter", **text)
     async def load_lora_adapter(body: LoadRequest) -> str:

@@ -21,7 +21,7 @@ from veneer.serve.guard import Guard
 from veneer.serve.guided import Guide
 from veneer.serve.metrics import CONTENT_TYPE, Counted, Metrics
 from veneer.serve.names import parse_model
-from veneer.serve.problems import STATUSES, add_handlers
+from veneer.serve.problems import STATUSES, TEXT_STATUSES, add_handlers
 from veneer.serve.request import Piece
 from veneer.serve.schema import (
     Answer,
@@ -48,7 +48,8 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its chunks"}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+EVENTS = {"content": {"text/event-stream": {"schema": _EVENT}}, "description": "The answer, or its chunks as events"}
 
 
 def create_app(
@@ -65,9 +66,9 @@ def create_app(
 ) -> FastAPI:
     """An application over a started engine; who starts and shuts down the engine is the caller.
 
-    `model` is the engine's, of which only the configuration is read; `base` is the name that the base is served under, `context` the engine's, `allowed` the folders that adapters may
-    be offered from; `api_key` is asked of every request but for /health and the page's files; `hosts` are the names
-    that requests may call the server by (None: any).
+    `model` is the engine's, of which only the configuration is read; `base` is the name that the base is served under,
+    `context` the engine's, `allowed` the folders that adapters may be offered from; `api_key` is asked of every request
+    but for /health and the page's files; `hosts` are the names that requests may call the server by (None: any).
     """
     metrics = Metrics(engine.stats)
     app = FastAPI(
@@ -84,11 +85,11 @@ def create_app(
     add_openai_routes(app, engine, registry, reader, base=base)
     add_adapter_routes(app, registry, base=base, allowed=[Path(folder) for folder in allowed])
 
-    @app.get("/health", response_model=Health)
+    @app.get("/health", response_model=Health, responses=STATUSES)
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=TEXT_STATUSES)
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 

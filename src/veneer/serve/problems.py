@@ -26,6 +26,12 @@ STATUSES: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "Shutting down"},
 }
 
+JSON_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+TEXT_STATUSES = {
+    status: {"description": found["description"], "content": JSON_ERROR} for status, found in STATUSES.items()
+}
+"""`STATUSES` of a route that answers in plain text: its errors are JSON all the same."""
+
 
 class ApiError(VeneerError):
     """An answer other than 200, on purpose."""
@@ -66,14 +72,19 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    """One line about the first thing that is wrong; of a union, of which every form failed, about the union."""
+    problems = error.errors()
+    first = problems[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    param = ".".join(place) or None
-    message = f"{param}: {first['msg']}" if param else f"the body is no JSON object of this endpoint: {first['msg']}"
-    more = len(error.errors()) - 1
-    return ApiError(400, message + (f" (and {more} more)" if more else ""), param=param)
+    places = [[str(part) for part in one["loc"] if part != "body"] for one in problems]
+    param = places[0][0] if places[0] else None
+    if param is None:
+        return ApiError(400, f"the body is no JSON object of this endpoint: {first['msg']}")
+    same = [(place, one["msg"]) for place, one in zip(places, problems) if place[0] == param]
+    where = ".".join(part for part in places[0] if "[" not in part and "-" not in part)
+    said = " or ".join(dict.fromkeys(message for _, message in same)) if len(same) > 1 else f"{first['msg']}"
+    return ApiError(400, f"{where if len(same) == 1 else param}: {said[:500]}", param=param)
 
 
 def add_handlers(app: FastAPI) -> None:

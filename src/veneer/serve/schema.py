@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from veneer.serve.names import NAME
 
 MAX_CHOICES = 64
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 3.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+TokenId = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 Text = Annotated[str, Field(max_length=2_000_000)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -57,12 +67,12 @@ class Sampled(Body):
     """What both kinds of completion take."""
 
     model: Annotated[str, Field(max_length=1024)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -72,9 +82,9 @@ class Sampled(Body):
 
 class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1, max_length=2000)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
 
 
 class CompletionRequest(Sampled):
@@ -84,20 +94,26 @@ class CompletionRequest(Sampled):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+
+
+AdapterName = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{NAME.pattern}$"})]
+"""Checked by `check_name`, so that the message says what a name may hold."""
 
 
 class LoadRequest(Body):
     """vLLM's body, and `pinned`: never moved out of the device to make room."""
 
-    lora_name: str
-    lora_path: Annotated[str, Field(max_length=4096)]
+    lora_name: AdapterName
+    lora_path: Annotated[
+        str, Field(max_length=4096), WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 4096})
+    ]
     load_inplace: bool = False
     pinned: bool = False
 
 
 class UnloadRequest(Body):
-    lora_name: str
+    lora_name: AdapterName
 
 
 class ErrorDetail(BaseModel):
