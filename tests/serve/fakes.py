@@ -116,9 +116,7 @@ class FakeEngine:
             "tokens_per_second": 12.5,
             "adapters": {"device": len(self.registry.loaded), "host": 0, "disk": 0},
             "uptime_seconds": 3.0,
-            "time_to_first_token": histogram,
-            "token_interval": histogram,
-            "request": histogram,
+            "histograms": {"time_to_first_token": histogram, "token_interval": histogram, "request": histogram},
         }
 
 

@@ -120,7 +120,7 @@ def _build(
         tokenizer,
         model,
         base=served,
-        context=sizes["context"],
+        context=engine.context,
         allowed=allowed,
         api_key=api_key,
         hosts=hosts,

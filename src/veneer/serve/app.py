@@ -19,9 +19,9 @@ from veneer.serve.answers import Logprobs, Running, new_id, stream
 from veneer.serve.asked import Asked, Reader
 from veneer.serve.guard import Guard
 from veneer.serve.guided import Guide
-from veneer.serve.metrics import CONTENT_TYPE, Counted, Metrics
 from veneer.serve.names import parse_model
 from veneer.serve.problems import STATUSES, TEXT_STATUSES, add_handlers
+from veneer.serve.prometheus import CONTENT_TYPE, Counted, Metrics
 from veneer.serve.request import Piece
 from veneer.serve.schema import (
     Answer,

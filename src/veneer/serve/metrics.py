@@ -1,95 +1,69 @@
-"""Prometheus' view: the engine's own numbers read at each scrape, and HTTP requests by route and status."""
+"""What the engine counts: totals, a rate over the last seconds, and histograms as Prometheus wants them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections import Counter, deque
+from time import monotonic
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-GAUGES = {
-    "running": "Requests that have a slot",
-    "waiting": "Requests in the queue",
-    "slots": "Requests that can run at once",
-    "tokens_per_second": "Generated tokens per second, over the last ten seconds",
-    "uptime_seconds": "Seconds since the engine started",
-}
-COUNTERS = {
-    "tokens_generated": "Tokens generated",
-    "prompt_tokens": "Tokens of accepted prompts",
-    "cached_tokens": "Tokens of prompts taken from the prefix cache",
-}
-HISTOGRAMS = {
-    "time_to_first_token": "Seconds from a request to its first token",
-    "token_interval": "Seconds between two tokens of an answer",
-    "request": "Seconds from a request to the end of its answer",
-}
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+WINDOW = 10.0
 
 
-class _Engine:
-    """Turns `Engine.stats()` into metrics, each time it is asked."""
+class Histogram:
+    """Counts of values in seconds by upper bound."""
 
-    def __init__(self, stats: Callable[[], dict[str, Any]]) -> None:
-        self.stats = stats
+    def __init__(self) -> None:
+        self.counts, self.sum = [0] * (len(SECONDS) + 1), 0.0
 
-    def describe(self) -> list[Metric]:
-        return []  # registering asks for nothing: the engine may not be started yet
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(SECONDS, value)] += 1
+        self.sum += value
 
-    def collect(self) -> Iterator[Metric]:
-        found = self.stats()
-        for key, text in GAUGES.items():
-            yield GaugeMetricFamily(f"veneer_{key}", text, value=found[key])
-        for key, text in COUNTERS.items():
-            yield CounterMetricFamily(f"veneer_{key}", text, value=found[key])
-        finished = CounterMetricFamily("veneer_requests", "Finished requests", labels=["finish_reason"])
-        for reason, count in found["requests"].items():
-            finished.add_metric([str(reason)], count)
-        adapters = GaugeMetricFamily("veneer_adapters", "Loaded adapters by the memory they lie in", labels=["tier"])
-        for tier, count in found["adapters"].items():
-            adapters.add_metric([tier], count)
-        yield from (finished, adapters)
-        for key, text in HISTOGRAMS.items():
-            yield _histogram(f"veneer_{key}_seconds", text, found[key])
-
-
-def _histogram(name: str, text: str, found: dict[str, Any]) -> HistogramMetricFamily:
-    bounds = [*map(str, found["buckets"]), "+Inf"]
-    return HistogramMetricFamily(name, text, buckets=list(zip(bounds, found["counts"])), sum_value=found["sum"])
+    def as_dict(self) -> dict[str, Any]:
+        """Cumulative counts, the last of them for +Inf."""
+        cumulative, total = [], 0
+        for count in self.counts:
+            total += count
+            cumulative.append(total)
+        return {"buckets": list(SECONDS), "counts": cumulative, "sum": self.sum, "count": total}
 
 
 class Metrics:
-    """One application's metrics; they are not the process's, so that two applications do not collide."""
+    """Written by the engine's thread alone; read by anyone."""
 
-    def __init__(self, stats: Callable[[], dict[str, Any]]) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_Engine(stats))
-        self.http = Counter(
-            "veneer_http_requests", "HTTP requests", ["method", "route", "status"], registry=self.registry
-        )
+    def __init__(self) -> None:
+        self.started = monotonic()
+        self.tokens = self.prompt = self.cached = 0
+        self.finished: Counter[str] = Counter()
+        self.first, self.interval, self.request = Histogram(), Histogram(), Histogram()
+        self._recent: deque[tuple[float, int]] = deque()
+        self._ends: deque[float] = deque(maxlen=64)
 
-    def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def generated(self, count: int) -> None:
+        """Count tokens of one step."""
+        now = monotonic()
+        self.tokens += count
+        self._recent.append((now, count))
+        while self._recent[0][0] < now - WINDOW:
+            self._recent.popleft()
 
+    def ended(self, reason: str, seconds: float) -> None:
+        """Count a finished request."""
+        self.finished[reason] += 1
+        self.request.add(seconds)
+        self._ends.append(monotonic())
 
-class Counted:
-    """ASGI middleware that counts answers. A path that no route has is counted as "other": a label for each would grow
-    without end."""
+    def rate(self) -> float:
+        """Tokens per second over the last ten seconds, or since the start."""
+        now = monotonic()
+        recent = sum(count for at, count in list(self._recent) if at >= now - WINDOW)
+        return recent / max(min(WINDOW, now - self.started), 1e-3)
 
-    def __init__(self, app: Any, *, metrics: Metrics, routes: frozenset[str]) -> None:
-        self.app, self.metrics, self.routes = app, metrics, routes
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-
-        async def counted(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                route = scope["path"] if scope["path"] in self.routes else "other"
-                method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
-                self.metrics.http.labels(method, route, str(message["status"])).inc()
-            await send(message)
-
-        await self.app(scope, receive, counted)
+    def seconds_for(self, requests: int) -> float:
+        """About how long `requests` take to finish, from the last ones; between 1 and 60."""
+        ends = list(self._ends)
+        each = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 1.0
+        return min(60.0, max(1.0, requests * each))
