@@ -13,7 +13,6 @@ from schemathesis.checks import CHECKS
 from conftest import tiny_llama
 from veneer.serve.app import create_app
 
-pytest_plugins = ["fakes"]
 KEY = {"Authorization": "Bearer k"}
 OPERATIONS = [
     ("/v1/chat/completions", "POST"),

@@ -71,7 +71,7 @@ class Sampled(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
+    seed: Annotated[int, WHOLE] | None = None
     n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
