@@ -5,7 +5,7 @@ import time
 import openai
 import pytest
 
-pytest_plugins = ["fakes"]
+pytest_plugins = ["served"]
 
 
 def client(served, key="any"):
