@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="chromium i
 @pytest.fixture(scope="module")
 def chromium():
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        browser = driver.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
         yield browser
         browser.close()
 
@@ -59,7 +61,9 @@ def test_talk_with_base_and_adapters_side_by_side(serve, visit):
             expect(answer).to_have_text(re.compile(rf"^{re.escape(who)} heard \d+ tokens: None$"))
             expect(answer).to_be_visible()
         expect(column(page, 0).locator(".user")).to_have_text("hello <b>there</b>")
-        expect(column(page, 1).locator(".speed")).to_have_text(re.compile(r"^[\d.]+ tokens/s · \d+ tokens · first after"))
+        expect(column(page, 1).locator(".speed")).to_have_text(
+            re.compile(r"^[\d.]+ tokens/s · \d+ tokens · first after")
+        )
         page.fill("#prompt", "and then?")
         page.click("#send")
         expect(page.locator(".assistant")).to_have_count(6)

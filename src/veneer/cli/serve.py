@@ -83,11 +83,14 @@ def command(
         options = {"device": device, "dtype": dtype, "quant": quant}
         sizes = {"slots": slots, "context": context, "queue": queue}
         tiers = {"max_rank": max_rank, "device_slots": device_adapters, "host_slots": host_adapters}
-        running, app = _build(base, served, named, allowed, options, sizes, tiers, api_key, _hosts(host, allow_host))
+        from veneer.serve.guard import hosts_for
+
+        hosts = hosts_for(host, allow_host or ())
+        running, app = _build(base, served, named, allowed, options, sizes, tiers, api_key, hosts)
         address, number = bound.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         err.print(f"{served} and {len(named)} adapters at http://{shown}:{number} (Ctrl-C stops)", markup=False)
-        if _hosts(host, None) is None and not api_key:
+        if hosts_for(host) is None and not api_key:
             err.print("warning: others can reach this server and there is no --api-key", style="yellow")
         _run(app, running, bound, drain)
 
@@ -142,19 +145,6 @@ def _run(app: Any, engine: Any, bound: socket.socket, drain: int) -> None:
         pass
     finally:
         engine.shutdown(0)
-
-
-def _hosts(host: str, more: list[str] | None) -> list[str] | None:
-    """Names that requests may call the server by: of a loopback server the loopback's; else any, unless some are given."""
-    import ipaddress
-
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if loopback:
-        return ["localhost", "127.0.0.1", "::1", host, *(more or [])]
-    return [host, "localhost", "127.0.0.1", "::1", *more] if more else None
 
 
 def _leave(number: int, frame: Any) -> None:

@@ -270,8 +270,8 @@ class Engine:
     def _advance(self, rows: Sequence[Running], logits: Tensor) -> None:
         """Choose each row's next token from its logits and hand it on."""
         rules = [r.ticket.request.sampling for r in rows]
-        blocked = self._restrict(rows, logits)
         with torch.inference_mode():
+            blocked = self._restrict(rows, logits)
             chosen = choose(logits, rules, [r.draw.random() if s.temperature > 0 else 0.0 for r, s in zip(rows, rules)])
             notes = logprobs(logits, chosen, [s.logprobs for s in rules])
         self.metrics.generated(len(rows))

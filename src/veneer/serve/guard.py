@@ -8,6 +8,7 @@ that a page of another origin made is refused. There are no CORS headers.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,19 @@ from veneer.serve.problems import ApiError
 OPEN = ("/", "/health", "/web/app.js", "/web/style.css", "/web/icon.svg")
 """Answered without a key: the page's own files hold nothing, and asks for the key itself."""
 MAX_BODY = 8 * 2**20
+
+
+def hosts_for(host: str, more: Iterable[str] = ()) -> list[str] | None:
+    """Names that requests may call a server by that is bound to `host`, `more` among them; None: any.
+
+    A loopback server goes by loopback names; any other by every name, unless some are given.
+    """
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    more = list(more)
+    return [host, "localhost", "127.0.0.1", "::1", *more] if loopback or more else None
 
 
 def host_of(header: str) -> str:
