@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import cross_entropy, lora, quantised, reference
+from veneer.kernels import cross_entropy, grouped, lora, quantised, reference
 from veneer.kernels.quantised import Dequantise
 
 Impl = Literal["auto", "fast", "reference"]
@@ -68,6 +69,20 @@ def dora_linear(
     """Frozen linear plus one DoRA adapter; see `veneer.kernels.reference.dora_linear`. `magnitude` holds no zero."""
     fast = _use_fast(impl, _frozen(x, weight), NOT_FROZEN)
     return (lora if fast else reference).dora_linear(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
+
+
+def grouped_lora(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The adapters' updates, each row's own or their sum; see `veneer.kernels.reference.grouped_lora`."""
+    fast = _use_fast(impl, rows is not None and not torch.compiler.is_compiling(), "every row has all adapters")
+    return (grouped if fast else reference).grouped_lora(x, lora_A, lora_B, scaling, rows)
 
 
 NOT_FROZEN = "the weight is trained, has another dtype than x, or autocast chooses dtypes"

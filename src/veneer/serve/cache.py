@@ -55,6 +55,9 @@ class Prompts:
             plain = first == 0 and (window is None or count <= window)
             mask = None if plain else segment_mask(count, first, window, query.device)
             gqa = k.shape[1] != q.shape[1]
+            if gqa and mask is not None and k.is_cuda:  # its quick kernels take a mask, or groups, and not both
+                k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+                gqa = False
             parts.append(F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scale, enable_gqa=gqa))
             start += count
         return torch.cat(parts, dim=2).transpose(1, 2)

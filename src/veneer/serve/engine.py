@@ -6,6 +6,8 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any
@@ -18,7 +20,7 @@ from veneer.errors import VeneerError
 from veneer.serve.errors import Overloaded, PromptTooLong, ServeError
 from veneer.serve.metrics import Metrics
 from veneer.serve.registry import Registry
-from veneer.serve.request import Piece, Request, Sampling, Ticket
+from veneer.serve.request import Piece, Request, Sampling, Ticket, TokenLogprob
 from veneer.serve.runner import Runner
 from veneer.serve.sampling import choose, logprobs
 from veneer.serve.slots import Running, Slots
@@ -54,7 +56,7 @@ class Engine:
         self.context, self.limit = min(context, room), slots + queue
         self.ends = frozenset(end_tokens(model, tokenizer))
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.runner = Runner(model, registry, slots, self.context)
+        self.runner = _runner(registry)(model, registry, slots, self.context)
         self.slots, self.metrics = Slots(slots), Metrics()
         self.chunk = CHUNK.get(registry.device.type, 256)
         self._waiting: list[Running] = []
@@ -65,6 +67,8 @@ class Engine:
         self._in_flight = 0
         self._ids = itertools.count(1)
         self._stop_at: float | None = None
+        self._step: _Step | None = None
+        """A step that is begun and not settled."""
         self._thread: Thread | None = None
 
     # For everyone
@@ -177,7 +181,7 @@ class Engine:
     def _collect(self) -> bool:
         """Take new requests; with nothing to do, wait for one. False when it is time to stop."""
         with self._arrived:
-            while not (self._new or self._waiting or self._filling or self._writing):
+            while not (self._new or self._waiting or self._filling or self._writing or self._step):
                 if self._stop_at is not None:
                     return False
                 self._arrived.wait(0.25)
@@ -252,34 +256,75 @@ class Engine:
                 self._filling.remove(running)
                 self._writing.append(running)
             if done:
-                self._advance(done, logits)
+                self._settle(self._choose(done, logits))
         return True
 
     def _write(self) -> bool:
-        """One more token for every answer at work."""
-        if not self._writing:
-            return False
-        rows = sorted(self._writing, key=lambda r: r.slot)
-        with self._blaming(rows):
-            logits = self.runner.tokens([(r.slot, r.filled, r.tokens[-1], r.uses) for r in rows])
-            for running in rows:
-                running.filled += 1
-            self._advance(rows, logits)
-        return True
+        """One more token for every answer at work.
 
-    def _advance(self, rows: Sequence[Running], logits: Tensor) -> None:
-        """Choose each row's next token from its logits and hand it on."""
+        On a GPU the next step is begun before the last one's tokens are read, while the rows stay the same.
+        """
+        before, self._step = self._step, None
+        rows = sorted(self._writing, key=lambda r: r.slot)
+        if before is not None and self._steady(before.rows, rows):
+            with self._blaming(rows):
+                self._step = self._begin(rows, before.chosen)
+            self._settle(before)
+            return True
+        if before is not None:
+            self._settle(before)
+            rows = sorted(self._writing, key=lambda r: r.slot)
+        if rows:
+            with self._blaming(rows):
+                step = self._begin(rows, None)
+                if self.runner.lookahead:
+                    self._step = step
+                else:
+                    self._settle(step)
+        return bool(rows) or before is not None
+
+    def _steady(self, before: list[Running], rows: list[Running]) -> bool:
+        """Whether the rows of the step before go on for sure, or nearly: an end token may waste one step of a row."""
+        rules = [r.ticket.request.sampling for r in rows]
+        return before == rows and all(
+            s.grammar is None and s.logprobs is None and r.answered + 1 < s.max_tokens for r, s in zip(rows, rules)
+        )
+
+    def _begin(self, rows: list[Running], ahead: Tensor | None) -> _Step:
+        logits = self.runner.tokens([(r.slot, r.filled, r.tokens[-1], r.uses) for r in rows], ahead)
+        for running in rows:
+            running.filled += 1
+        return self._choose(rows, logits)
+
+    def _choose(self, rows: list[Running], logits: Tensor) -> _Step:
+        """Choose each row's next token from its logits."""
         rules = [r.ticket.request.sampling for r in rows]
         with torch.inference_mode():
             blocked = self._restrict(rows, logits)
             chosen = choose(logits, rules, [r.draw.random() if s.temperature > 0 else 0.0 for r, s in zip(rows, rules)])
             notes = logprobs(logits, chosen, [s.logprobs for s in rules])
-        self.metrics.generated(len(rows))
-        for running, token, note in zip(rows, chosen.tolist(), notes):
-            if running in blocked:
-                self._finish(running, running.stop.add(running.text.rest()) + running.stop.rest(), "stop")
-            else:
-                self._take(running, token, note)
+            if not chosen.is_cuda:
+                return _Step(rows, chosen, chosen, notes, blocked)
+            host = torch.empty(len(rows), dtype=torch.int64, pin_memory=True)
+            host.copy_(chosen, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        return _Step(rows, chosen, host, notes, blocked, event)
+
+    def _settle(self, step: _Step) -> None:
+        """Hand on the tokens of a step, but those of requests that ended meanwhile."""
+        with self._blaming(step.rows):
+            if step.event is not None:
+                step.event.synchronize()
+            rows = [
+                (r, token, note) for r, token, note in zip(step.rows, step.host.tolist(), step.notes) if r.slot >= 0
+            ]
+            self.metrics.generated(len(rows))
+            for running, token, note in rows:
+                if running in step.blocked:
+                    self._finish(running, running.stop.add(running.text.rest()) + running.stop.rest(), "stop")
+                else:
+                    self._take(running, token, note)
 
     def _restrict(self, rows: Sequence[Running], logits: Tensor) -> list[Running]:
         """Apply grammars to the logits, in place. Returns the rows to which nothing is allowed any more."""
@@ -341,6 +386,27 @@ class Engine:
 
     def _blaming(self, rows: Sequence[Running]) -> _Blaming:
         return _Blaming(self, list(rows))
+
+
+@dataclass
+class _Step:
+    """Tokens that were chosen for rows, on the device and (once `event` has come) on the host."""
+
+    rows: list[Running]
+    chosen: Tensor
+    host: Tensor
+    notes: list[TokenLogprob | None]
+    blocked: list[Running]
+    event: Any = None
+
+
+def _runner(registry: Registry) -> type[Runner]:
+    """Captured graphs where there is a GPU with triton, plain torch elsewhere."""
+    if registry.device.type == "cuda" and find_spec("triton") is not None:
+        from veneer.serve.graphs import GraphRunner
+
+        return GraphRunner
+    return Runner
 
 
 class _Blaming:

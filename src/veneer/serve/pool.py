@@ -51,6 +51,7 @@ class Pool:
     size: int
     device: torch.device
     dtype: torch.dtype
+    power_ranks: bool = False
     rank: int = 0
     targets: frozenset[str] = frozenset()
     stacks: dict[Group, Stack] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class Pool:
         idle = [n for n in order if not self.places[n].users]
         if not idle:
             return None
-        if prefer == idle[0] and self.device.type == "cpu" and not self.places[prefer].content.pinned:
+        if prefer == idle[0] and not self.power_ranks and not self.places[prefer].content.pinned:
             return prefer  # rows in the order of places need no sorting, which is worth more than recency here
         return min(idle, key=lambda n: (self.places[n].content.pinned, self.places[n].used))
 
@@ -130,9 +131,9 @@ class Pool:
 
     def _grow(self, content: Content) -> None:
         """Make the stacks anew for a larger rank or more targets, with what they hold."""
-        step = 16 if self.device.type == "cuda" else 4
         old_rank, old = self.rank, self.stacks
-        self.rank = max(self.rank, -(-content.rank // step) * step)
+        power, multiple = max(16, 1 << (content.rank - 1).bit_length()), -(-content.rank // 4) * 4
+        self.rank = max(self.rank, power if self.power_ranks else multiple)
         self.targets |= content.shapes.keys()
         self.stacks = {}
         for group in self.groups:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.serve.pool import Group, Pool, Stack
@@ -103,6 +104,35 @@ class Rows:
         if self.weights is not None:
             update = update * self.weights.to(update.dtype)
         y.index_add_(0, self.owners, update.to(y.dtype))
+
+
+class Grouped:
+    """As `Segments`, on a GPU: all adapters in one product. Segments are in the order of places, the base's first."""
+
+    def __init__(self, segments: Sequence[tuple[int, int, Uses]], places: int, device: torch.device) -> None:
+        self.start = next(start for start, _, uses in segments if uses)
+        counts = [0] * places
+        for start, end, uses in segments:
+            for place, _ in uses:
+                counts[place] += end - start
+        self.ends = torch.tensor(counts).cumsum(0).to(device, torch.int32)
+
+    @staticmethod
+    def takes(segments: Sequence[tuple[int, int, Uses]], x: Tensor) -> bool:
+        """Whether these segments can be one product: at most one adapter each, unweighted, in half precision."""
+        plain = all(len(uses) <= 1 and all(weight == 1 for _, weight in uses) for *_, uses in segments)
+        ordered = [uses[0][0] if uses else -1 for *_, uses in segments]
+        return plain and ordered == sorted(ordered) and ordered[-1] >= 0 and x.is_cuda and x.dtype == torch.bfloat16
+
+    def shrink(self, x: Tensor, stack: Stack) -> Tensor:
+        """(T', n·R) for the tokens that have an adapter."""
+        return F.grouped_mm(x[self.start :], stack.A, offs=self.ends)
+
+    def expand(self, hidden: Tensor, B: Tensor, part: int, y: Tensor) -> None:
+        """y += h Bᵀ."""
+        rank = B.shape[1]
+        h = hidden[:, part * rank : (part + 1) * rank].contiguous()
+        y[self.start :].add_(F.grouped_mm(h, B, offs=self.ends))
 
 
 def plan_rows(rows: Sequence[Uses], device: torch.device) -> Plan | None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter.targets import output_head
+from veneer.kernels.grouped import has_grouped_mm
 from veneer.serve.cache import ATTENTION, Prompts, SlotCache, Tokens
 from veneer.serve.errors import ServeError
 from veneer.serve.pool import Pool, groups_of
 from veneer.serve.registry import Registry
-from veneer.serve.routing import GroupState, RoutedLinear, Routing, Segments, Uses, plan_rows
+from veneer.serve.routing import Grouped, GroupState, Plan, RoutedLinear, Routing, Segments, Uses, plan_rows
 
 Piece = tuple[int, int, list[int], Uses]
 """(slot, position of the first token, tokens, adapters)."""
@@ -21,6 +22,11 @@ Piece = tuple[int, int, list[int], Uses]
 
 class Runner:
     """Owns the model while it is served; `close` puts everything back as it was."""
+
+    lookahead = False
+    """Whether a step may be begun before the host has seen the tokens of the one before."""
+    power_ranks = False
+    """Whether kernels want the pool's rank to be a power of two."""
 
     def __init__(self, model: Any, registry: Registry, slots: int, context: int) -> None:
         self.model, self.device = model, registry.device
@@ -30,20 +36,18 @@ class Runner:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dtype = model.get_input_embeddings().weight.dtype
-        self.cache = SlotCache(config.num_hidden_layers, slots, context, heads, width, dtype, self.device)
+        self.cache = SlotCache(config.num_hidden_layers, self._slots(slots), context, heads, width, dtype, self.device)
         self.slots, self.routing = slots, Routing()
         calls, expected = self._trace(registry)
-        self.pool = Pool(
-            registry, groups_of(calls, registry.targets), self._places(registry, slots), self.device, dtype
-        )
+        groups, places = groups_of(calls, registry.targets), registry.device_slots or slots
+        self.pool = Pool(registry, groups, places, self.device, dtype, self.power_ranks)
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self._own_attention = config._attn_implementation
         self._install()
         self._check(expected)
 
-    def _places(self, registry: Registry, slots: int) -> int:
-        """How many adapters lie on the device: on the CPU one for each row, for a copy costs little there."""
-        return registry.device_slots or slots
+    def _slots(self, slots: int) -> int:
+        return slots
 
     def close(self) -> None:
         """Take the adapters out of the model and give it its own attention back."""
@@ -63,20 +67,25 @@ class Runner:
             if wanted:
                 ends.append((at - 1, uses))
         ids = torch.tensor([token for _, _, tokens, _ in pieces for token in tokens], device=self.device)
-        self.routing.body = Segments(segments)
+        self.routing.body = self._plan(segments)
         self.routing.head = Segments([(n, n + 1, uses) for n, (_, uses) in enumerate(ends)])
         keep = torch.tensor([end for end, _ in ends], device=self.device)
         return self._forward(ids, batch, keep) if ends else self._forward(ids, batch, None)
 
     @torch.inference_mode()
-    def tokens(self, rows: Sequence[tuple[int, int, int, Uses]]) -> Tensor:
+    def tokens(self, rows: Sequence[tuple[int, int, int, Uses]], ahead: Tensor | None = None) -> Tensor:
         """One token (slot, position, token, adapters) for each row → logits (B, V) float32; slots in ascending order."""
         batch = Tokens(self.cache, [(slot, position) for slot, position, _, _ in rows], self.device)
         self.routing.body = self.routing.head = plan_rows([uses for *_, uses in rows], self.device)
         ids = torch.tensor([token for _, _, token, _ in rows], device=self.device)
         return self._forward(ids, batch, 0)
 
-    def _forward(self, ids: Tensor, batch: Prompts | Tokens, keep: Tensor | int | None) -> Tensor | None:
+    def _plan(self, segments: Sequence[tuple[int, int, Uses]]) -> Plan:
+        if has_grouped_mm() and Grouped.takes(segments, self.cache.store):
+            return Grouped(segments, self.pool.size, self.device)
+        return Segments(segments)
+
+    def _forward(self, ids: Tensor, batch: Any, keep: Tensor | int | None) -> Tensor | None:
         model = self.model if keep is not None else self.model.base_model
         options = {} if keep is None else {"logits_to_keep": keep}
         try:

@@ -127,7 +127,7 @@ class AdaptedLinear(AdaptedModule):
         if all(self._groupable(name) for name in names):
             index = torch.tensor([names.index(n) if n in names else -1 for n in rows], device=x.device)
             factors = zip(*(self.factors(n) for n in names))
-            return y + reference.grouped_lora(x, *factors, [self.scaling[n] for n in names], index)
+            return y + dispatch.grouped_lora(x, *factors, [self.scaling[n] for n in names], index)
         out = y.clone()
         for name in names:
             mine = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
