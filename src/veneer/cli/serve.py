@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -135,6 +136,7 @@ def _run(app: Any, engine: Any, bound: socket.socket, drain: int) -> None:
     """Serve until a signal; then finish what runs for up to `drain` seconds. A second signal stops at once."""
     import uvicorn
 
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that leaves in mid-answer
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=drain
     )
