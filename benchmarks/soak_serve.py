@@ -32,6 +32,7 @@ from pathlib import Path
 import openai
 import psutil
 import torch
+from transformers import GenerationConfig
 
 import veneer
 from veneer.base.generate import end_tokens, prompt_ids
@@ -76,16 +77,16 @@ def make_adapters(base: str, folder: Path, count: int) -> None:
 
 @torch.inference_mode()
 def greedy(model, tokenizer, messages) -> tuple[str, float]:
-    """(answer, the smallest lead of a chosen token over the next best), each token from a whole forward pass."""
-    ids, ends, lead = list(prompt_ids(tokenizer, messages)), end_tokens(model, tokenizer), float("inf")
-    start = len(ids)
-    for _ in range(TOKENS):
-        best = model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float().topk(2)
-        lead = min(lead, float(best.values[0] - best.values[1]))
-        if int(best.indices[0]) in ends:
-            break
-        ids.append(int(best.indices[0]))
-    return tokenizer.decode(ids[start:], skip_special_tokens=True), lead
+    """(answer by transformers' generation, the smallest lead in logits of a chosen token over the next best)."""
+    ids, ends = prompt_ids(tokenizer, messages), end_tokens(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=TOKENS, do_sample=False, eos_token_id=ends, pad_token_id=0,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    found = model.generate(torch.tensor([ids]), generation_config=config)
+    best = torch.cat(found.logits).float().topk(2).values
+    text = tokenizer.decode(found.sequences[0, len(ids) :], skip_special_tokens=True)
+    return text, float((best[:, 0] - best[:, 1]).min())
 
 
 def find_truth(base: str, folder: Path, names: list[str]) -> tuple[dict, int]:
@@ -181,7 +182,7 @@ class Soak:
 
     def leave(self, draw: random.Random) -> None:
         model, question = draw.choice(list(self.truth))
-        found = self._ask(model, question, stream=True, max_tokens=200)
+        found = self._ask(model, question, stream=True, max_tokens=4 * TOKENS)
         for _ in zip(range(draw.randrange(6)), found):
             pass
         found.response.close()
