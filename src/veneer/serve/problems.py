@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from veneer.errors import VeneerError
-from veneer.serve.errors import Overloaded, PromptTooLong, UnknownAdapter
+from veneer.serve.errors import Overloaded, PromptTooLong, ServeError, UnknownAdapter
 from veneer.serve.names import UnknownModel
 from veneer.serve.schema import ErrorBody
 
@@ -62,6 +62,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, Overloaded):
         wait = {"Retry-After": str(max(1, round(error.retry_after)))}
         return ApiError(429, text, "rate_limit_error", code="rate_limit_exceeded", headers=wait)
+    if isinstance(error, ServeError):
+        return ApiError(503, text, "server_error")
     if isinstance(error, (UnknownModel, UnknownAdapter)):
         return ApiError(404, text, "not_found_error", param="model", code="model_not_found")
     if isinstance(error, PromptTooLong):
