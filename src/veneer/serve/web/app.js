@@ -64,6 +64,7 @@ async function change(path, body) {
     $("load-said").textContent = error.message;
   }
   await refresh();
+  $("load-said").scrollIntoView({ block: "nearest" });
 }
 
 $("load").addEventListener("submit", (event) => {
