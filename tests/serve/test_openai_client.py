@@ -1,5 +1,6 @@
 """The API through the client that it is for."""
 
+import sys
 import time
 
 import openai
@@ -27,6 +28,9 @@ def test_models(api):
         ("first", "tiny"),
         ("second", "tiny"),
     ]
+    assert api.models.retrieve("first").model_extra["parent"] == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        api.models.retrieve("third")
 
 
 @pytest.mark.parametrize(
@@ -204,3 +208,9 @@ def test_stopping_lets_answers_finish(serve):
     text += "".join(c.choices[0].delta.content or "" for c in stream)
     assert text.startswith("base heard") and text.endswith("None")
     assert served.engine.finished == {"stop": 1}
+
+
+def test_json_without_its_library(api, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(openai.BadRequestError, match=r"pip install 'veneer\[json\]'"):
+        api.chat.completions.create(model="tiny", messages=ASK, response_format={"type": "json_object"})

@@ -13,7 +13,6 @@ from veneer.formats.peft import save_adapter
 @pytest.fixture
 def recipe(monkeypatch, model_dir, tmp_path):
     from conftest import tiny_llama
-
     from veneer.adapter.attach import attach
     from veneer.config import AdapterConfig
 
@@ -49,7 +48,8 @@ def test_the_deployment(recipe, monkeypatch):
             return "application"
 
     serve = types.SimpleNamespace(
-        ingress=lambda build: lambda: build, deployment=lambda **options: lambda made: seen.update(options, made=made) or Bound()
+        ingress=lambda build: lambda: build,
+        deployment=lambda **options: lambda made: seen.update(options, made=made) or Bound(),
     )
     monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(serve=serve))
     monkeypatch.setenv("VENEER_REPLICAS", "3")

@@ -19,7 +19,7 @@ from veneer.serve.answers import Logprobs, Running, new_id, stream
 from veneer.serve.asked import Asked, Reader
 from veneer.serve.guard import Guard
 from veneer.serve.guided import Guide
-from veneer.serve.names import parse_model
+from veneer.serve.names import UnknownModel, parse_model
 from veneer.serve.problems import STATUSES, TEXT_STATUSES, add_handlers
 from veneer.serve.prometheus import CONTENT_TYPE, Counted, Metrics
 from veneer.serve.request import Piece
@@ -113,13 +113,20 @@ def add_openai_routes(app: FastAPI, engine: Any, registry: Any, reader: Reader, 
         asked: Asked = await run_in_threadpool(read, body, adapters)
         return Running(engine.submit, asked)
 
+    def cards() -> dict[str, ModelCard]:
+        shared = {"created": started, "max_model_len": context}
+        found = {base: ModelCard(id=base, root=base, **shared)}
+        return found | {name: ModelCard(id=name, root=name, parent=base, **shared) for name in registry.names()}
+
     @app.get("/v1/models", response_model=ModelList, responses=STATUSES)
     async def models() -> ModelList:
-        cards = [ModelCard(id=base, created=started, root=base, max_model_len=context)]
-        cards += [
-            ModelCard(id=n, created=started, root=n, parent=base, max_model_len=context) for n in registry.names()
-        ]
-        return ModelList(data=cards)
+        return ModelList(data=list(cards().values()))
+
+    @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=STATUSES)
+    async def model(model: str) -> ModelCard:
+        if model not in (found := cards()):
+            raise UnknownModel(f"The model `{model[:200]}` does not exist.")
+        return found[model]
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=STATUSES | {200: EVENTS})
     async def chat(body: ChatRequest, http: HttpRequest) -> Any:
