@@ -16,7 +16,7 @@ from veneer.serve.guard import host_of, hosts_for
 from veneer.serve.names import UnknownModel, parse_model
 from veneer.serve.registry import Registry
 
-pytest_plugins = ["served"]
+pytest_plugins = ["over_http"]
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 
 

@@ -6,7 +6,7 @@ import time
 import openai
 import pytest
 
-pytest_plugins = ["served"]
+pytest_plugins = ["over_http"]
 
 
 def client(served, key="any"):

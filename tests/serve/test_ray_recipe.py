@@ -47,10 +47,10 @@ def test_the_deployment(recipe, monkeypatch):
         def bind(self):
             return "application"
 
-    serve = types.SimpleNamespace(
-        ingress=lambda build: lambda: build,
-        deployment=lambda **options: lambda made: seen.update(options, made=made) or Bound(),
-    )
+    def deployment(**options):
+        return lambda made: seen.update(options, made=made) or Bound()
+
+    serve = types.SimpleNamespace(ingress=lambda build: lambda: build, deployment=deployment)
     monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(serve=serve))
     monkeypatch.setenv("VENEER_REPLICAS", "3")
     monkeypatch.setenv("VENEER_GPUS", "0.5")

@@ -21,7 +21,7 @@ def grouped_lora(
     each = rows if tokens == 1 else rows.repeat_interleave(tokens)
     order, runs = sort_rows(each, len(lora_A))
     if not runs:
-        return x.new_zeros(*x.shape[:-1], lora_B[0].shape[0]) + 0 * x[..., :1]  # on the graph, as the twin's is
+        return x.new_zeros(*x.shape[:-1], lora_B[0].shape[0])
     if _grouped_mm_takes(x):
         update = _by_grouped_mm(flat, lora_A, lora_B, scaling, order, runs)
     else:

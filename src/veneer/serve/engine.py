@@ -56,7 +56,7 @@ class Engine:
         self.context, self.limit = min(context, room), slots + queue
         self.ends = frozenset(end_tokens(model, tokenizer))
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.runner = _runner(registry)(model, registry, slots, self.context)
+        self.runner = self._runner(registry)(model, registry, slots, self.context)
         self.slots, self.metrics = Slots(slots), Metrics()
         self.chunk = CHUNK.get(registry.device.type, 256)
         self._waiting: list[Running] = []
@@ -164,6 +164,15 @@ class Engine:
             monotonic(),
             list(request.prompt),
         )
+
+    @staticmethod
+    def _runner(registry: Registry) -> type[Runner]:
+        """Captured graphs where there is a GPU with triton, plain torch elsewhere."""
+        if registry.device.type == "cuda" and find_spec("triton") is not None:
+            from veneer.serve.graphs import GraphRunner
+
+            return GraphRunner
+        return Runner
 
     # The thread that owns the model
 
@@ -398,15 +407,6 @@ class _Step:
     notes: list[TokenLogprob | None]
     blocked: list[Running]
     event: Any = None
-
-
-def _runner(registry: Registry) -> type[Runner]:
-    """Captured graphs where there is a GPU with triton, plain torch elsewhere."""
-    if registry.device.type == "cuda" and find_spec("triton") is not None:
-        from veneer.serve.graphs import GraphRunner
-
-        return GraphRunner
-    return Runner
 
 
 class _Blaming:

@@ -34,10 +34,8 @@ class StaticRows:
     weights: Tensor
     """(B, U) float32."""
 
-    @property
-    def where(self) -> Tensor:
-        """Each row's place in the cache."""
-        return self.slots * self.cache.context + self.positions
+    where: Tensor
+    """Each row's place in the cache, made anew at the start of a step."""
 
     def attend(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
         """query (1, H, B, D) → (1, B, H, D)."""
@@ -76,7 +74,7 @@ class GraphRunner(Runner):
         self.buckets = sorted({*(b for b in (1, 8, 16, 32, 64, 128, 256) if b < slots), slots})
         self.steps: dict[tuple[int, int], Step] = {}
         self.version, self.captures = 0, registry.device.type == "cuda"
-        self._memory = None
+        self._memory = self._last = None
         super().__init__(model, registry, slots, context)
 
     def _slots(self, slots: int) -> int:
@@ -96,11 +94,13 @@ class GraphRunner(Runner):
         bucket = next(b for b in self.buckets if b >= len(rows))
         room = next(u for u in STACKED if u >= max(len(uses) for *_, uses in rows))
         step = self._step(bucket, room)
-        if ahead is None:
-            self._send(step, rows, bucket, room)
-        else:
-            step.rows.ids[: len(rows)].copy_(ahead)
+        if ahead is not None and step is self._last:
             step.rows.positions[: len(rows)].add_(1)
+        else:  # other rows, or the same in another place because the pool has moved
+            self._send(step, rows, bucket, room)
+        if ahead is not None:
+            step.rows.ids[: len(rows)].copy_(ahead)
+        self._last = step
         if step.graph is None:
             step.logits = self._run(step, room)
         else:
@@ -139,7 +139,10 @@ class GraphRunner(Runner):
         ids, positions, slots, places = numbers.split([bucket, bucket, bucket, bucket * room])
         slots.fill_(self.slots), places.fill_(-1)
         weights = torch.zeros(bucket, room, device=self.device)
-        step = Step(StaticRows(self.cache, ids, positions, slots, places.view(bucket, room), weights), numbers)
+        rows = StaticRows(
+            self.cache, ids, positions, slots, places.view(bucket, room), weights, torch.zeros_like(slots)
+        )
+        step = Step(rows, numbers)
         if self.captures:
             try:
                 self._capture(step, room)
@@ -165,4 +168,5 @@ class GraphRunner(Runner):
 
     def _run(self, step: Step, room: int) -> Tensor:
         self.routing.body = self.routing.head = step.rows if room else None
+        torch.add(step.rows.positions, step.rows.slots, alpha=self.cache.context, out=step.rows.where)
         return self._forward(step.rows.ids, step.rows, 0)
