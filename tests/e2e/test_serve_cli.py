@@ -208,6 +208,11 @@ def test_two_adapters_of_one_name(cli, tmp_path):
         make_adapter(tmp_path / place / "same", seed=1)
     done = cli("serve", "m", "--adapters", tmp_path / "a", "--adapters", tmp_path / "b")
     assert done.code == 2 and "both be called 'same'" in done.err
+    for name in ("same", "base"):
+        (tmp_path / "a" / "same").rename(tmp_path / "a" / name)
+        done = cli("serve", "same", "--adapters", tmp_path / "a")
+        assert done.code == 2 and "has the base's name" in done.err
+        (tmp_path / "a" / name).rename(tmp_path / "a" / "same")
 
 
 class TestVllm:

@@ -70,6 +70,8 @@ def command(
     served = check_base(name or (Path(base).expanduser().resolve().name if os.path.exists(base) else base))
     folders = [folder.expanduser().resolve() for folder in adapters or []]
     named = name_adapters(folders)
+    for taken in {served, "base"} & named.keys():
+        raise ConfigError(f"{named[taken]} has the base's name, {taken!r}: rename the folder, or give the base a --name")
     if engine == "vllm":
         if quant or allow or allow_host:
             raise ConfigError("--quant, --allow and --allow-host are for Veneer's own engine: leave them out")
