@@ -150,7 +150,7 @@ class Soak:
                 self.counts["overloaded"] += 1
                 if "retry-after" not in error.response.headers:
                     self.lost.append("429 without Retry-After")
-                time.sleep(0.2 + draw.random())
+                time.sleep(min(3.0, float(error.response.headers.get("retry-after", 1))) * (0.5 + draw.random()))
             except Exception as error:  # whatever it is, the request is lost
                 self.lost.append(f"{kind}: {type(error).__name__}: {str(error)[:200]}")
             time.sleep(draw.random() * 0.05)
