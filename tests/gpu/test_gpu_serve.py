@@ -34,7 +34,7 @@ def test_shrink_and_expand_are_their_twins(dtype, d_in, d_out, rank):
 def test_attention_over_slots_is_its_twin(dtype, K, G, D, C, window):
     g = torch.Generator("cuda").manual_seed(0)
     q = torch.randn(4, K, G, D, generator=g, device="cuda").to(dtype)
-    keys, values = (torch.randn(5, C, K, D, generator=g, device="cuda").to(dtype) for _ in range(2))
+    keys, values = (torch.randn(5, K, C, D, generator=g, device="cuda").to(dtype) for _ in range(2))
     slots, positions = torch.tensor([3, 0, 4, 1]).cuda(), torch.tensor([0, C - 1, 64, 17]).cuda()
     got = served.attend(q, keys, values, slots, positions, D**-0.5, window)
     twin = served.attend_twin(q, keys, values, slots, positions, D**-0.5, window)

@@ -126,15 +126,15 @@ def test_the_twins_of_the_served_step_are_its_definition():
                 truth[b] += float(weights[b, u]) * (x[b].double() @ A[n, :, 16:32].double() @ B[n].double())
     assert (out - truth).abs().max() <= 1e-5 * truth.abs().max()
     assert torch.equal(out[1], y[1])
-    q, keys, values = torch.randn(3, 2, 4, 8), torch.randn(4, 30, 2, 8), torch.randn(4, 30, 2, 8)
+    q, keys, values = torch.randn(3, 2, 4, 8), torch.randn(4, 2, 30, 8), torch.randn(4, 2, 30, 8)
     slots, positions = torch.tensor([2, 0, 3]), torch.tensor([0, 29, 11])
     for window in (None, 5):
         got = served.attend_twin(q, keys, values, slots, positions, 0.3, window)
         for b, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist())):
             first = 0 if window is None else max(0, position + 1 - window)
-            k, v = keys[slot, first : position + 1].double(), values[slot, first : position + 1].double()
-            p = (torch.einsum("kgd,ckd->kgc", q[b].double(), k) * 0.3).softmax(-1)
-            assert (got[b] - torch.einsum("kgc,ckd->kgd", p, v)).abs().max() < 1e-5
+            k, v = keys[slot, :, first : position + 1].double(), values[slot, :, first : position + 1].double()
+            p = (torch.einsum("kgd,kcd->kgc", q[b].double(), k) * 0.3).softmax(-1)
+            assert (got[b] - torch.einsum("kgc,kcd->kgd", p, v)).abs().max() < 1e-5
 
 
 def test_linear_routes_through_the_fast_path():

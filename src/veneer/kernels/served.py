@@ -84,7 +84,7 @@ def _attend(q, keys, values, slots, positions, part, weight, scale, window, rows
         query = tl.load(q + ((row * K + head) * G + g[:, None]) * D + d[None, :], mask=inside, other=0.0)
         for start in range(0, SPLIT, BN):
             n = split * SPLIT + start + tl.arange(0, BN)
-            at = ((slot * C + n[:, None]) * K + head) * D + d[None, :]
+            at = ((slot * K + head) * C + n[:, None]) * D + d[None, :]
             there = (n >= first) & (n < last)
             seen = there[:, None] & (d[None, :] < D)
             k = tl.load(keys + at, mask=seen, other=0.0)
@@ -165,11 +165,11 @@ def attend(
 ) -> Tensor:
     """One query a row over its slot's first positions+1 keys (its last `window` of them).
 
-    q (B, K, G, D), keys and values (S, C, K, D), slots and positions (B) → (B, K, G, D).
+    q (B, K, G, D), keys and values (S, K, C, D), slots and positions (B) → (B, K, G, D).
     """
     if not _runs(q):
         return attend_twin(q, keys, values, slots, positions, scale, window)
-    (rows, K, G, D), C = q.shape, keys.shape[1]
+    (rows, K, G, D), C = q.shape, keys.shape[2]
     each = max(64, -(-C // 16 // 64) * 64)
     parts = -(-C // each)
     part = torch.empty(rows, K, parts, G, D, dtype=torch.float32, device=q.device)
@@ -201,9 +201,9 @@ def attend_twin(
 ) -> Tensor:
     """The definition of `attend`."""
     k, v = keys[slots].float(), values[slots].float()
-    n, at = torch.arange(keys.shape[1], device=q.device), positions.unsqueeze(1)
+    n, at = torch.arange(keys.shape[2], device=q.device), positions.unsqueeze(1)
     unseen = n > at if window is None else (n > at) | (n <= at - window)
-    scores = torch.einsum("bkgd,bckd->bkgc", q.float(), k) * scale
-    return torch.einsum("bkgc,bckd->bkgd", scores.masked_fill(unseen[:, None, None], float("-inf")).softmax(-1), v).to(
+    scores = torch.einsum("bkgd,bkcd->bkgc", q.float(), k) * scale
+    return torch.einsum("bkgc,bkcd->bkgd", scores.masked_fill(unseen[:, None, None], float("-inf")).softmax(-1), v).to(
         q
     )

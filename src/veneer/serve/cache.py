@@ -19,22 +19,27 @@ ATTENTION = "veneer_served"
 
 
 class SlotCache:
-    """`store` (L, 2, S, C, K, D): each slot's keys and values from its first token on."""
+    """`store` (L, 2, S, K, C, D): each slot's keys and values from its first token on."""
 
     def __init__(self, layers: int, slots: int, context: int, heads: int, width: int, dtype, device) -> None:
         # zeros, not empty: what is masked out is multiplied by zero, and NaN would survive that
-        self.store = torch.zeros(layers, 2, slots, context, heads, width, dtype=dtype, device=device)
+        self.store = torch.zeros(layers, 2, slots, heads, context, width, dtype=dtype, device=device)
         self.context = context
 
+    def where(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """slots, positions (T) → (K·T): each head's and token's place in a layer's keys, as rows of width D."""
+        heads, context = self.store.shape[3:5]
+        first = torch.arange(heads, device=slots.device).unsqueeze(1)
+        return ((slots * heads + first) * context + positions).flatten()
+
     def write(self, layer: int, where: Tensor, key: Tensor, value: Tensor) -> None:
-        """key, value (1, K, T, D) to the places `where` (T) = slot·C + position."""
+        """key, value (1, K, T, D) to the places `where` (K·T)."""
         for n, part in enumerate((key, value)):
-            flat = self.store[layer, n].view(-1, *self.store.shape[-2:])
-            flat.index_copy_(0, where, part[0].transpose(0, 1))
+            self.store[layer, n].view(-1, self.store.shape[-1]).index_copy_(0, where, part.reshape(-1, part.shape[-1]))
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first tokens of one slot to another."""
-        self.store[:, :, target, :length].copy_(self.store[:, :, source, :length])
+        self.store[:, :, target, :, :length].copy_(self.store[:, :, source, :, :length])
 
 
 class Prompts:
@@ -42,16 +47,16 @@ class Prompts:
 
     def __init__(self, cache: SlotCache, pieces: Sequence[tuple[int, int, int]], device: torch.device) -> None:
         self.cache, self.pieces = cache, pieces
-        positions = [torch.arange(first, first + count) for _, first, count in pieces]
-        where = [slot * cache.context + p for (slot, _, _), p in zip(pieces, positions)]
-        self.positions, self.where = torch.cat(positions).to(device), torch.cat(where).to(device)
+        self.positions = torch.cat([torch.arange(first, first + count) for _, first, count in pieces]).to(device)
+        slots = torch.cat([torch.full((count,), slot) for slot, _, count in pieces]).to(device)
+        self.where = cache.where(slots, self.positions)
 
     def attend(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
         """query (1, H, T, D) → (1, T, H, D)."""
         parts, start = [], 0
         for slot, first, count in self.pieces:
             q, end = query[:, :, start : start + count], first + count
-            k, v = (kv[:end].transpose(0, 1).unsqueeze(0) for kv in self.cache.store[layer, :, slot])
+            k, v = (kv[:, :end].unsqueeze(0) for kv in self.cache.store[layer, :, slot])
             plain = first == 0 and (window is None or count <= window)
             mask = None if plain else segment_mask(count, first, window, query.device)
             gqa = k.shape[1] != q.shape[1]
@@ -72,7 +77,7 @@ class Tokens:
     def __init__(self, cache: SlotCache, rows: Sequence[tuple[int, int]], device: torch.device) -> None:
         self.cache = cache
         slots, positions = (torch.tensor(part, device=device) for part in zip(*rows))
-        self.positions, self.where = positions, slots * cache.context + positions
+        self.positions, self.where = positions, cache.where(slots, positions)
         self.runs: list[list[int]] = []
         for n, (slot, position) in enumerate(rows):
             if self.runs and self.runs[-1][2] + n - self.runs[-1][0] == slot:
@@ -83,13 +88,13 @@ class Tokens:
 
     def attend(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
         """query (1, H, B, D) → (1, B, H, D)."""
-        heads = self.cache.store.shape[-2]
+        heads = self.cache.store.shape[3]
         query = query[0].transpose(0, 1).unflatten(1, (heads, -1))  # (B, K, G, D): a key head's queries are its tokens
         if window not in self.masks:
             self.masks[window] = [self._mask(run, window, query) for run in self.runs]
         parts = []
         for (start, end, slot, reach), mask in zip(self.runs, self.masks[window]):
-            kv = self.cache.store[layer, :, slot : slot + end - start, :reach].transpose(2, 3)
+            kv = self.cache.store[layer, :, slot : slot + end - start, :, :reach]
             parts.append(F.scaled_dot_product_attention(query[start:end], kv[0], kv[1], mask, scale=scale))
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.flatten(1, 2).unsqueeze(0)

@@ -34,12 +34,12 @@ class StaticRows:
     weights: Tensor
     """(B, U) float32."""
 
-    where: Tensor
-    """Each row's place in the cache, made anew at the start of a step."""
+    where: Tensor | None = None
+    """Where its keys and values go, found anew at the start of a step."""
 
     def attend(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
         """query (1, H, B, D) → (1, B, H, D)."""
-        heads = self.cache.store.shape[-2]
+        heads = self.cache.store.shape[3]
         q = query[0].transpose(0, 1).unflatten(1, (heads, -1)).contiguous()
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         keys, values = self.cache.store[layer]
@@ -168,5 +168,5 @@ class GraphRunner(Runner):
 
     def _run(self, step: Step, room: int) -> Tensor:
         self.routing.body = self.routing.head = step.rows if room else None
-        torch.add(step.rows.positions, step.rows.slots, alpha=self.cache.context, out=step.rows.where)
+        step.rows.where = self.cache.where(step.rows.slots, step.rows.positions)
         return self._forward(step.rows.ids, step.rows, 0)
