@@ -4,8 +4,9 @@
     python benchmarks/bench_gpu_train.py --only "8B bf16 4x2048"         one of them
 
 Each measurement runs in a process of its own: random weights from the real configuration, random tokens, rank 16 on all
-seven projections, AdamW in float32. Reported: the median step, tokens/s, peak allocated memory, seconds to the first
-step. Peers that are not installed are left out and named.
+seven projections, AdamW in float32. Reported: the median step, tokens/s, peak allocated memory of all steps, seconds to
+load and to the first step ("again": in a second process, whose compiled code is on disk). Peers that are not installed
+are left out and named.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ CONFIGS = {
                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True, head_dim=64),
 }  # fmt: skip
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHAT = [int(64 * 1.08 ** (i % 37)) for i in range(0, 370, 7)]
+"""Lengths of the examples of a packed row, in the way of chats: 64 to about 1,000 tokens."""
+CHAT = CHAT[: next(i for i in range(len(CHAT)) if sum(CHAT[: i + 1]) > 8192)]
 CASES = {
     "8B bf16 4x2048": ("8B", "bf16", [2048] * 4,
-        ["veneer:keep", "veneer:selective", "peft", "peft-nocast", "liger-nocast", "unsloth:none"]),
+        ["veneer:keep", "veneer:selective", "veneer:selective:again", "unsloth:none", "liger-nocast", "peft-nocast", "peft"]),
     "8B bf16 4x2048 in less memory": ("8B", "bf16", [2048] * 4,
-        ["veneer:recompute", "veneer:recompute-offload", "veneer:mixed", "liger-nocast:ckpt", "unsloth:ckpt"]),
-    "8B nf4 1x2048": ("8B", "nf4", [2048], ["veneer:recompute", "veneer:selective", "unsloth:ckpt"]),
-    "8B nf4 4x2048": ("8B", "nf4", [2048] * 4, ["veneer:recompute", "unsloth:ckpt"]),
-    "1B bf16 8x1024": ("1B", "bf16", [1024] * 8, ["veneer:keep", "veneer:selective", "liger-nocast", "unsloth:none"]),
-    "1B bf16 1x512": ("1B", "bf16", [512], ["veneer:keep", "liger-nocast", "unsloth:none"]),
-    "8B bf16 32k": ("8B", "bf16", [32768], ["veneer:recompute-offload", "unsloth:ckpt"]),
+        ["veneer:mixed", "veneer:recompute", "veneer:recompute-offload", "unsloth:ckpt", "liger-nocast:ckpt"]),
+    "8B nf4 4x2048": ("8B", "nf4", [2048] * 4,
+        ["veneer:selective", "veneer:mixed", "veneer:recompute", "veneer:recompute-offload", "unsloth:ckpt"]),
+    "8B nf4 1x2048": ("8B", "nf4", [2048], ["veneer:selective", "veneer:recompute", "unsloth:ckpt"]),
+    "1B bf16 8x1024": ("1B", "bf16", [1024] * 8, ["veneer:keep", "veneer:selective", "unsloth:none", "liger-nocast"]),
+    "1B bf16 1x512": ("1B", "bf16", [512], ["veneer:keep", "veneer:selective", "unsloth:none", "liger-nocast"]),
+    "8B bf16 packed chats": ("8B", "bf16", CHAT, ["veneer:selective", "unsloth:none"]),
+    "8B bf16 1x32768": ("8B", "bf16", [32768], ["veneer:mixed", "veneer:recompute-offload", "unsloth:ckpt"]),
 }  # fmt: skip
 
 
@@ -95,13 +101,16 @@ def veneer_step(shape: str, precision: str, lengths: list[int], mode: str):
     from veneer.training.accelerate import Accelerated
     from veneer.training.flat import FlatOptimizer
     from veneer.training.forward import RowModel
+    from veneer.training.graphs import RowGraphs
 
     model = build(shape, precision)
     bank = veneer.attach(model, veneer.AdapterConfig(rank=16, alpha=32), seed=0)
     model.train()
-    optimizer = FlatOptimizer(bank.parameters("default"), veneer.OptimConfig(lr=1e-4))
+    options = veneer.OptimConfig(lr=1e-4, micro_batch_tokens=sum(lengths))
+    optimizer = FlatOptimizer(bank.parameters("default"), options)
     rows_of = RowModel(model)
     fast = Accelerated(model, modes=mode, dynamic=len(set(lengths)) > 1, note=lambda text: print(text, file=sys.stderr))
+    graphs = RowGraphs(rows_of, fast, options, lambda text: print(text, file=sys.stderr))
     random = np.random.default_rng(0)
     examples = [
         TokenizedExample(random.integers(5, model.config.vocab_size - 5, n).astype(np.int32), np.ones(n, bool))
@@ -114,10 +123,9 @@ def veneer_step(shape: str, precision: str, lengths: list[int], mode: str):
         optimizer.zero_grad()
         for row in rows:
             fast.start()
-            with rows_of.row(row) as loss:
-                (loss / supervised).backward()
+            loss = graphs.backward(row, 1 / supervised)
         optimizer.step()
-        return loss.detach()
+        return loss
 
     step.contexts = rows_of.attention(), fast  # held with the step: a dropped context would end
     for context in step.contexts:
@@ -155,23 +163,31 @@ def unsloth_step(shape: str, precision: str, lengths: list[int], mode: str):
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
-        saved(shape), max_seq_length=max(lengths), dtype=torch.bfloat16, load_in_4bit=precision == "nf4",
+        saved(shape), max_seq_length=longest(lengths), dtype=torch.bfloat16, load_in_4bit=precision == "nf4",
         local_files_only=True,
     )  # fmt: skip
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=PROJECTIONS,
-        use_gradient_checkpointing="unsloth" if mode == "ckpt" else False, max_seq_length=max(lengths),
+        use_gradient_checkpointing="unsloth" if mode == "ckpt" else False,
+        max_seq_length=longest(lengths),
     )  # fmt: skip
     return plain_step(model, lengths)
 
 
+def longest(lengths: list[int]) -> int:
+    """The longest sequence that `plain_step` makes of them."""
+    return lengths[0] if len(set(lengths)) == 1 else sum(lengths)
+
+
 def plain_step(model, lengths: list[int]):
-    """Forward with labels, backward, AdamW, on a batch of equal lengths."""
+    """Forward with labels, backward, AdamW, on a batch of equal lengths; several lengths as one long sequence, which is
+    what packing without a varlen kernel does (examples then see each other)."""
     import torch
 
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    ids = torch.randint(5, model.config.vocab_size - 5, (len(lengths), lengths[0]), device="cuda")
+    shape = (len(lengths), lengths[0]) if len(set(lengths)) == 1 else (1, sum(lengths))
+    ids = torch.randint(5, model.config.vocab_size - 5, shape, device="cuda")
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -185,7 +201,7 @@ def plain_step(model, lengths: list[int]):
 
 def worker(shape: str, precision: str, lengths: list[int], who: str, steps: int) -> dict:
     began = time.time()
-    name, _, mode = who.partition(":")
+    name, mode = (*who.split(":"), "")[:2]
     if name == "unsloth":
         step, value = unsloth_step(shape, precision, lengths, mode)
     elif name == "veneer":
@@ -195,6 +211,8 @@ def worker(shape: str, precision: str, lengths: list[int], who: str, steps: int)
     import torch
 
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     ready = time.time()
     loss = step()
     torch.cuda.synchronize()
@@ -202,7 +220,6 @@ def worker(shape: str, precision: str, lengths: list[int], who: str, steps: int)
     for _ in range(2):
         step()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(steps):
         start = time.time()
@@ -237,6 +254,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=CASES, help="measure this case (may be repeated)")
     parser.add_argument("--who", action="append", help="measure these alone, e.g. veneer:keep")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--limit-seconds", type=float, default=1e9, help="start no further measurement after so long")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -253,10 +271,13 @@ def main() -> None:
         "matmul_tflops": round(ceiling(), 1), "cases": {},
     }  # fmt: skip
     print(json.dumps({k: v for k, v in record.items() if k != "cases"}), flush=True)
+    began = time.time()
     torch.cuda.empty_cache()
     for case in options.only or CASES:
         rows = record["cases"][case] = []
         for who in options.who or CASES[case][3]:
+            if time.time() - began > options.limit_seconds:
+                continue
             command = [sys.executable, __file__, "--worker", case, who, "--steps", str(options.steps)]
             done = subprocess.run(command, capture_output=True, text=True)
             line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)

@@ -241,10 +241,13 @@ class OptimConfig(Section):
     """AdamW in float32, or bitsandbytes' with 8-bit or paged states (NVIDIA GPUs)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile a model's repeated blocks with torch.compile: auto does so on an NVIDIA GPU."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Replay compiled steps as CUDA graphs, with rows padded to a few sizes: auto does so where nothing is offloaded."""
     checkpointing: Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"] = "keep"
     """What each block keeps for the backward pass. keep: all that saves work. selective: what is dear to compute again
     (when compiled). recompute: its input. recompute-offload: its input, in host memory. offload: what selective keeps, in
-    host memory, copied while other blocks compute. mixed: every third block as offload, the others as recompute-offload.
+    host memory, copied while other blocks compute. mixed: two of seven blocks as offload, the others as
+    recompute-offload.
     (true and false mean recompute and keep.)"""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""

@@ -22,8 +22,10 @@ REPACKED = ("exllama", "marlin", "machete", "bitblas", "ipex")
 
 def method(module: nn.Module) -> str | None:
     """How a linear is quantised: nf4, fp4, int8, torchao, hqq, gptq or awq; None if it is no quantised linear."""
-    names = {kind.__name__ for kind in type(module).__mro__}
     weight = module._parameters.get("weight")
+    if type(module) is nn.Linear and type(weight) is nn.Parameter:
+        return None  # also what compiled code can follow; below, it cannot
+    names = {kind.__name__ for kind in type(module).__mro__}
     if "Linear4bit" in names and getattr(weight, "quant_state", None) is not None:
         return weight.quant_state.quant_type
     if "Linear8bitLt" in names and weight is not None and weight.dtype == torch.int8:

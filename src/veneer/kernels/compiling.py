@@ -23,6 +23,9 @@ def backend(keep: float) -> Callable:
         from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
+        from veneer.kernels.group import graph_groups
+
+        graph_groups(graph, again=keep > 0)
         with config.patch(activation_memory_budget=keep):
             return compile_fx(graph, inputs)
 
@@ -41,7 +44,7 @@ def compile_or_plain(
 
     The failure is told once, through `note`.
     """
-    fast = torch.compile(function, dynamic=dynamic, backend="inductor" if keep == 1 else backend(keep))
+    fast = torch.compile(function, dynamic=dynamic, backend=backend(keep))
     otherwise = otherwise or function
     failed = False
 
@@ -54,7 +57,14 @@ def compile_or_plain(
             except (torch._dynamo.exc.TorchDynamoException, ImportError) as error:
                 failed = True
                 name = getattr(function, "__qualname__", type(function).__name__)
-                note(f"compiling {name} failed, so it runs uncompiled: {str(error).splitlines()[0]}")
+                note(f"compiling {name} failed, so it runs uncompiled: {_reason(error)}")
         return otherwise(*args, **kwargs)
 
     return call
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what lies at the bottom of a compiler's error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

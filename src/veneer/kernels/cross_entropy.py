@@ -34,8 +34,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             z = z.mul_(logit_scale) if logit_scale != 1.0 else z
             z = z.div_(softcap).tanh_().mul_(softcap) if softcap is not None else z
             lse = torch.logsumexp(z, -1, keepdim=True)
-            wanted = targets[part].unsqueeze(-1)
-            total += (lse - z.gather(-1, wanted)).sum()
+            there = (targets[part] >= 0).unsqueeze(-1)
+            wanted = targets[part].clamp_min(0).unsqueeze(-1)
+            total += ((lse - z.gather(-1, wanted)) * there).sum()
             if grad is None:
                 continue
             slope = z.div(softcap).square_().neg_().add_(1) if softcap is not None else None
@@ -43,7 +44,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             p.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=p.dtype))
             p = p.mul_(slope) if slope is not None else p
             p = p.mul_(logit_scale) if logit_scale != 1.0 else p
-            grad[part] = p.to(weight.dtype) @ weight
+            grad[part] = p.mul_(there).to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         return total
 
@@ -56,15 +57,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 def loss_and_slope(z: Tensor, targets: Tensor, softcap: float | None, logit_scale: float) -> tuple[Tensor, Tensor]:
     """Logits z (N, V) of the head → (Σ −log softmax(z′)[target] in float32, its derivative by z in z's dtype).
 
-    z′ = cap·tanh(c·z/cap), or c·z.
+    z′ = cap·tanh(c·z/cap), or c·z. Rows with a target below 0 count for nothing.
     """
     scaled = z.float() * logit_scale
     capped = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
     lse = torch.logsumexp(capped, -1, keepdim=True)
-    wanted = targets.unsqueeze(-1)
-    loss = (lse - capped.gather(-1, wanted)).sum()
+    there, wanted = (targets >= 0).unsqueeze(-1).float(), targets.clamp_min(0).unsqueeze(-1)
+    loss = ((lse - capped.gather(-1, wanted)) * there).sum()
     onehot = torch.arange(z.shape[-1], device=z.device) == wanted
-    slope = (torch.exp(capped - lse) - onehot.float()) * logit_scale
+    slope = (torch.exp(capped - lse) - onehot.float()) * (logit_scale * there)
     if softcap is not None:
         slope = slope * (1 - (capped / softcap).square())
     return loss, slope.to(z.dtype)

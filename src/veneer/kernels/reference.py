@@ -86,9 +86,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Σ_n −log softmax(z[n])[targets[n]] with z = cap·tanh(c·(hidden Wᵀ + bias)/cap), or c·(hidden Wᵀ + bias).
 
-    hidden (N, I), weight (V, I), bias (V) or None, targets (N) int64. Returns the float32 sum (not the mean).
+    hidden (N, I), weight (V, I), bias (V) or None, targets (N) int64; below 0 they count for nothing. Returns the float32
+    sum (not the mean).
     """
     logits = F.linear(hidden, weight, bias).float() * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, reduction="sum")
+    return F.cross_entropy(logits, targets.clamp_min(-1), ignore_index=-1, reduction="sum")

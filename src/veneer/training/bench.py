@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from veneer.errors import BaseModelError, ConfigError
 from veneer.training.accelerate import Accelerated, use_compile
 from veneer.training.flat import FlatOptimizer
 from veneer.training.forward import RowModel
+from veneer.training.graphs import RowGraphs
 
 Step = Callable[[], float]
 
@@ -95,6 +97,7 @@ def veneer_step(
     device = next(model.parameters()).device
     compiled = use_compile(train.compile, device)
     fast = Accelerated(model, modes=train.checkpointing, compile=compiled, dynamic=len(set(lengths)) > 1)
+    graphs = RowGraphs(rows_of, fast, train, warnings.warn)
     stack.enter_context(rows_of.attention())
     stack.enter_context(fast)
     random, vocabulary = np.random.default_rng(0), output_head(model).weight.shape[0]
@@ -108,10 +111,8 @@ def veneer_step(
         optimizer.zero_grad()
         losses = []
         for row in rows:
-            fast.start()
-            with rows_of.row(row) as loss:
-                (loss / supervised).backward()
-            losses.append(loss.detach())
+            fast.start(unchanged=bool(losses))
+            losses.append(graphs.backward(row, 1 / supervised))
         optimizer.step()
         return float(sum(losses)) / supervised
 
@@ -169,11 +170,12 @@ def measure(
     device: torch.device,
     steps: int,
 ) -> Timing:
-    """Two steps to warm up, then the median of `steps`."""
+    """Three steps to warm up (a graph is captured in the second), then the median of `steps`."""
     began = time.perf_counter()
     step()
     first = time.perf_counter() - began
-    step()
+    for _ in range(2):
+        step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times, peak, loss = [], 0, 0.0

@@ -63,6 +63,11 @@ class Head:
         )
 
 
+def segments_of(row: Row) -> list[tuple[int, int, int, int]]:
+    """A row's segments as (start, end, prefix_start, prefix_end)."""
+    return [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
+
+
 class RowModel:
     """A causal language model as a function of packed rows.
 
@@ -89,14 +94,21 @@ class RowModel:
     def loss(self, row: Row) -> Tensor:
         """Summed cross-entropy over the row's targets, a float32 scalar."""
         device = next(self.model.parameters()).device
-        ids, positions, predictors, targets = (
+        tensors = tuple(
             torch.from_numpy(part).to(device) for part in (row.input_ids, row.position_ids, row.predictors, row.targets)
         )
+        layout = Layout.of(segments_of(row), device) if self.packing and self.varlen else None
+        return self.tensor_loss(*tensors, layout, len(row.segments) > 1)
+
+    def tensor_loss(
+        self, ids: Tensor, positions: Tensor, predictors: Tensor, targets: Tensor, layout: Layout | None, packed: bool
+    ) -> Tensor:
+        """`loss` of a row's tensors. Targets below 0 count for nothing."""
         inputs = {"input_ids": ids[None], "use_cache": False}
-        if len(row.segments) > 1:
+        if packed:
             inputs["position_ids"] = positions[None]
-        if self.packing and self.varlen:
-            inputs["veneer_layout"] = Layout.of(_current["segments"], device)
+        if layout is not None:
+            inputs["veneer_layout"] = layout
         if not self.fast_head:
             logits = self.model(**inputs).logits[0, predictors].float()
             return F.cross_entropy(logits, targets, reduction="sum")
@@ -121,8 +133,7 @@ class RowModel:
     @contextmanager
     def row(self, row: Row) -> Iterator[Tensor]:
         """The row's loss, with its segments in force for the forward pass and for a backward inside the block."""
-        segments = [(s.start, s.end, s.prefix_start, s.prefix_end) for s in row.segments]
-        _current["segments"] = segments
+        _current["segments"] = segments_of(row)
         try:
             yield self.loss(row)
         finally:

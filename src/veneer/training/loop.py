@@ -31,6 +31,7 @@ from veneer.training.adalora import AdaLora, phases
 from veneer.training.evaluate import heldout_loss
 from veneer.training.flat import FlatOptimizer
 from veneer.training.forward import RowModel
+from veneer.training.graphs import RowGraphs
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
@@ -152,6 +153,7 @@ class Trainer:
             compile=use_compile(self.config.train.compile, next(setup.model.parameters()).device),
             note=self._note,
         )
+        self.graphs = RowGraphs(self.rows, self.fast, self.config.train, self._note)
         setup.model.train()
 
     def _check_invocation(self, setup: Setup, invocation: list[int]) -> None:
@@ -225,10 +227,10 @@ class Trainer:
         for row in rows:
             if self._interrupted:
                 return None
-            self.fast.start()
-            with self.rows.row(row) as row_loss:
-                (row_loss / supervised).backward()
-            losses.append(row_loss.detach())  # read after the last row: the device need not wait for us in between
+            self.fast.start(unchanged=bool(losses))
+            losses.append(
+                self.graphs.backward(row, 1 / supervised)
+            )  # read after the last row: the device need not wait
         loss = float(sum(losses)) / supervised
         self._check_finite(loss, state.step + 1, indices, examples)
         if self.adalora:

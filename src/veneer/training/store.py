@@ -130,6 +130,10 @@ class Store:
 
     def __init__(self, frozen: Iterable[Tensor], device: torch.device) -> None:
         self.host = Host(device)
+        self.keep_out(frozen)
+
+    def keep_out(self, frozen: Iterable[Tensor]) -> None:
+        """Never send these tensors."""
         self.frozen = {at for tensor in frozen for at in _storages(tensor)}
 
     def offloading(self, forward: Callable) -> Callable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ class AdaptedLinear(AdaptedModule):
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         super().__init__(base_layer, routing)
         quantised.keep_layout(base_layer)
+        self.packed: Any = None
+        """What computes this layer in compiled code while it is packed with its neighbours; see training/packing.py."""
 
     @property
     def d_in(self) -> int:
@@ -60,6 +63,8 @@ class AdaptedLinear(AdaptedModule):
         if not active:
             return self.base_layer(x)
         if len(active) == 1 and self._simple(*active[0]):
+            if self.packed is not None and torch.compiler.is_compiling() and self.packed.active == active[0]:
+                return self.packed(x, self.base_layer.bias, *self.factors(active[0][0]))
             if (weight := plain_weight(self.base_layer)) is not None:
                 return self._fused(x.to(weight.dtype), weight, *active[0])
             if is_quantised(self.base_layer) and not self._is_dora(active[0][0]):

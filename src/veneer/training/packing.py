@@ -1,0 +1,196 @@
+"""Linears of one input packed into one matrix, for compiled blocks: found by watching one forward pass.
+
+See `veneer.kernels.group` for the matrix and what it is good for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter import quantised
+from veneer.adapter.frozen import is_quantised
+from veneer.adapter.layers import AdaptedLinear
+from veneer.kernels.group import factor_views, lora_member, packed_size, parts
+from veneer.kernels.scaled_copies import ScaledCopies
+from veneer.kernels.unpack import BLOCK, NESTED
+
+
+class PackedGroup:
+    """The adapted linears of one input in one matrix; `active` is the adapter that acts.
+
+    `source` is what `veneer.kernels.group` wants; `views` are the places of A_i and s_i B_i in it, by linear. The weights
+    become views of the matrix; 4-bit ones stay as they are and the matrix is made of them when it is needed.
+    """
+
+    def __init__(self, layers: Sequence[AdaptedLinear], active: str) -> None:
+        self.layers, self.active = list(layers), active
+        self.sizes = tuple(layer.d_out for layer in layers)
+        self.ranks = tuple(layer.rank[active] for layer in layers)
+        device, dtype = layers[0].place()
+        self.scales: list[float] = []
+        self.scaling = torch.zeros(sum(self.ranks), device=device)
+        self.four_bits = is_quantised(layers[0].base_layer)
+        rows, columns = packed_size(self.sizes, self.ranks, layers[0].d_in)
+        if self.four_bits:
+            total, ranks = sum(self.sizes), sum(self.ranks)
+            side = torch.zeros(total, ranks, device=device, dtype=dtype)
+            bottom = torch.zeros(ranks, columns - ranks, device=device, dtype=dtype)
+            self.source = (side, bottom, *_four_bit_parts([layer.base_layer for layer in layers]))
+            self.views = factor_views(side, bottom, self.sizes, self.ranks)
+        else:
+            matrix = torch.zeros(rows, columns, device=device, dtype=dtype)
+            self.source = (matrix,)
+            places = parts(matrix, self.sizes, self.ranks)
+            self.views = [(a, b) for _, a, b in places]
+            for layer, (place, _, _) in zip(layers, places):
+                place.copy_(layer.base_layer.weight.detach())
+                layer.base_layer.weight.data = place
+        for index, layer in enumerate(layers):
+            layer.packed = Member(self, index, dtype)
+
+    def unpack(self) -> None:
+        """Give each linear a weight of its own again."""
+        for layer in self.layers:
+            if not self.four_bits:
+                layer.base_layer.weight.data = layer.base_layer.weight.detach().contiguous()
+            layer.packed = None
+
+
+class Member:
+    """One linear's place in its group; called with (x, bias, lora_A, lora_B) for the adapter and weight in `active`."""
+
+    def __init__(self, group: PackedGroup, index: int, dtype: torch.dtype) -> None:
+        self.source, self.scaling, self.index, self.dtype = group.source, group.scaling, index, dtype
+        self.sizes, self.ranks, self.active = group.sizes, group.ranks, (group.active, 1.0)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
+        return lora_member(x, self.source, self.scaling, self.sizes, self.ranks, self.index, bias, lora_A, lora_B)
+
+
+def _four_bit_parts(linears: Sequence[nn.Module]) -> list[Tensor]:
+    """The quantised part of a source (`veneer.kernels.unpack`) for bitsandbytes' 4-bit linears."""
+    states = [linear.weight.quant_state for linear in linears]
+    empty = states[0].code.new_empty(0)
+    packed = [linear.weight.data.view(-1).view(torch.uint8) for linear in linears]
+    outer = [state.state2 if state.nested else None for state in states]
+    nested = [empty if two is None else two.absmax for two in outer]
+    offset = [empty if two is None else state.offset.reshape(1).float() for two, state in zip(outer, states)]
+    code2 = empty if outer[0] is None else outer[0].code
+    return [states[0].code, code2, *packed, *[state.absmax for state in states], *nested, *offset]
+
+
+class Packing:
+    """All packed groups of a model. `refresh` must follow every change of the factors."""
+
+    def __init__(self) -> None:
+        self.groups: list[PackedGroup] = []
+        self.copies = ScaledCopies()
+
+    def pack(self, blocks: Sequence[nn.Module], names: Sequence[Sequence[str]]) -> None:
+        """Pack the linears of these names in each block, where a group can be."""
+        for block in blocks:
+            for group in names:
+                layers = [block.get_submodule(name) for name in group]
+                active = _common_adapter(layers)
+                if active is not None:
+                    self.groups.append(PackedGroup(layers, active))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the factors in the matrices up to date."""
+        if not self.groups:
+            return
+        factors = [layer.factors(group.active) for group in self.groups for layer in group.layers]
+        for group in self.groups:
+            scales = [[layer.scaling[group.active]] * rank for layer, rank in zip(group.layers, group.ranks)]
+            if (scales := sum(scales, [])) != group.scales:
+                group.scales = scales
+                group.scaling.copy_(torch.tensor(scales))
+        views = [view for group in self.groups for view in group.views]
+        scaling = [layer.scaling[group.active] for group in self.groups for layer in group.layers]
+        self.copies.run(
+            [*[a for a, _ in factors], *[b for _, b in factors]],
+            [*[a for a, _ in views], *[b for _, b in views]],
+            [*[1.0] * len(views), *scaling],
+        )
+
+    def unpack(self) -> None:
+        """Undo it all."""
+        for group in self.groups:
+            group.unpack()
+        self.groups.clear()
+
+
+def _common_adapter(layers: Sequence[Any]) -> str | None:
+    """The one adapter that acts in all these layers as a plain LoRA over a frozen weight that can be packed; or None."""
+    names, kinds = set(), set()
+    for layer in layers:
+        kind, active = _kind(layer), layer.active() if type(layer) is AdaptedLinear else []
+        if kind is None or len(active) != 1 or layer.packed is not None:
+            return None
+        name, share = active[0]
+        options = layer.options[name]
+        plain = not (options.dora or options.lora_bias or options.changes_base or options.dropout)
+        trained = layer.lora_A[name].requires_grad and layer.lora_B[name].requires_grad
+        if not plain or not trained or share != 1.0 or name in layer.routing.tokens:
+            return None
+        names.add(name)
+        kinds.add((kind, layer.place(), layer.d_in))
+    return names.pop() if len(names) == len(kinds) == 1 else None
+
+
+def _kind(layer: Any) -> tuple | None:
+    """How an adapted linear's weight can be packed, alike for all of a group; None if it cannot."""
+    if type(layer) is not AdaptedLinear:
+        return None
+    base = layer.base_layer
+    if type(base) is nn.Linear and not is_quantised(base):
+        free = base.weight.is_contiguous() and not base.weight.requires_grad
+        return ("dense",) if free and base.weight.is_floating_point() else None
+    if quantised.method(base) not in ("nf4", "fp4"):
+        return None
+    state = base.weight.quant_state
+    known = state.blocksize == BLOCK and (not state.nested or state.state2.blocksize == NESTED)
+    return (state.quant_type, state.nested) if known and math.prod(state.shape) % BLOCK == 0 else None
+
+
+@contextmanager
+def watch(block: nn.Module) -> Iterator[list[list[str]]]:
+    """While it lasts, note which adapted linears of a block are called with one and the same tensor, in groups."""
+    groups: list[list[str]] = []
+    inputs: list[Tensor] = []  # held, so that no address is used again
+    called: set[str] = set()
+
+    def note(name: str) -> Callable[[nn.Module, tuple], None]:
+        def hook(module: nn.Module, args: tuple) -> None:
+            again, x = name in called, args[0]
+            called.add(name)
+            for group, seen in zip(groups, inputs):
+                if again and name in group:
+                    group.clear()  # called twice: no part of a group
+                elif seen is x and not again:
+                    group.append(name)
+                    return
+            if not again:
+                groups.append([name])
+                inputs.append(x)
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in block.named_modules()
+        if type(module) is AdaptedLinear
+    ]
+    try:
+        yield groups
+    finally:
+        for hook in hooks:
+            hook.remove()

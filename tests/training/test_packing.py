@@ -1,0 +1,130 @@
+"""Blocks whose linears are packed: found by watching, equal to the plain blocks, and put back as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import veneer
+from conftest import tiny_llama
+from veneer.training.accelerate import Accelerated
+from veneer.training.graphs import padded, rounded
+from veneer.training.packing import Packing, watch
+
+IDS = torch.arange(1, 40)[None]
+
+
+def adapted(seed=1, **config):
+    model = tiny_llama(num_hidden_layers=3).train()
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=4, **config), seed=0)
+    torch.manual_seed(seed)
+    for p in bank.parameters("default").values():
+        p.data.normal_().mul_(0.1)
+    return model, bank
+
+
+def groups_of(model):
+    with watch(model.model.layers[0]) as groups:
+        model(input_ids=IDS, use_cache=False)
+    return groups
+
+
+def test_linears_of_one_input_are_found_by_watching():
+    model, _ = adapted()
+    found = [[name.rsplit(".", 1)[-1] for name in group] for group in groups_of(model)]
+    assert found == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_packing_keeps_what_the_model_computes_and_is_undone_bit_for_bit():
+    model, bank = adapted()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        wanted = model(input_ids=IDS).logits
+    packing = Packing()
+    packing.pack(model.model.layers, groups_of(model))
+    packing.refresh()
+    assert len(packing.groups) == 12
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, wanted)
+    one = packing.groups[0]
+    for layer, (a, b) in zip(one.layers, one.views):
+        assert torch.equal(a, layer.lora_A["default"])
+        assert torch.equal(b, layer.scaling["default"] * layer.lora_B["default"])
+    packing.unpack()
+    assert all(torch.equal(p, before[name]) and p.is_contiguous() for name, p in model.named_parameters())
+    assert all(layer.packed is None for layer in bank.layers.values())
+
+
+@pytest.mark.parametrize(
+    "config", [{"dropout": 0.1}, {"dora": True}, {"init": "pissa"}, {"lora_bias": True}, {"lora_fa": True}], ids=str
+)
+def test_what_is_no_plain_lora_is_not_packed(config):
+    model, _ = adapted(**config)
+    packing = Packing()
+    packing.pack(model.model.layers, groups_of(model))
+    assert not packing.groups
+
+
+def test_a_trained_or_shared_weight_is_not_packed():
+    model, _ = adapted()
+    groups = groups_of(model)
+    model.model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_(True)
+    packing = Packing()
+    packing.pack(model.model.layers, groups)
+    assert len(packing.groups) == 11
+
+
+def gradients(mode, compile, nf4=False):
+    model, bank = adapted()
+    parameters = bank.parameters("default")
+    notes = []
+    with Accelerated(model, modes=mode, compile=compile, note=notes.append) as fast:
+        for step in range(2):  # the second step sees factors that have changed
+            model.zero_grad()
+            fast.start()
+            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+            loss.backward()
+            if step == 0:
+                for p in parameters.values():
+                    p.data -= 0.5 * p.grad
+        packed = len(fast.packing.groups)
+    assert not notes
+    return loss.detach(), {name: p.grad for name, p in parameters.items()}, packed
+
+
+@pytest.mark.parametrize("mode", ["selective", "recompute"])
+def test_compiled_blocks_give_the_plain_gradients(mode):
+    loss, wanted, none = gradients("keep", False)
+    again, found, packed = gradients(mode, True)
+    assert (none, packed) == (0, 12)
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    for name, grad in wanted.items():
+        assert (found[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
+def test_a_padded_row_has_the_loss_of_the_row():
+    import numpy as np
+
+    from veneer.data.example import TokenizedExample
+    from veneer.training.forward import RowModel
+
+    model, _ = adapted()
+    rows = RowModel(model.eval())
+    random = np.random.default_rng(0)
+    examples = [
+        TokenizedExample(random.integers(1, 60, n).astype(np.int32), random.random(n) < 0.6) for n in (9, 14, 5)
+    ]
+    (row,) = rows.pack(examples, 1000, False)
+    more = padded(row, rounded(len(row.input_ids), 256), len(row.targets) + 5)
+    assert len(more.input_ids) == 32 and (more.targets[-5:] == -1).all()
+    with rows.attention():
+        with rows.row(row) as wanted, torch.no_grad():
+            wanted = wanted.detach()
+        with rows.row(more) as found:
+            torch.testing.assert_close(found.detach(), wanted, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "most", "wanted"), [(1, 64, 16), (17, 64, 32), (2048, 2048, 2048), (300, 2048, 512)])
+def test_rows_are_rounded_to_few_sizes(count, most, wanted):
+    assert rounded(count, most) == wanted
