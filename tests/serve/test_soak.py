@@ -9,7 +9,20 @@ SOAK = Path(__file__).parents[2] / "benchmarks" / "soak_serve.py"
 
 
 def test_a_short_soak(model_dir, tmp_path):
-    command = [sys.executable, SOAK, "--minutes", "0.08", "--base", model_dir, "--threads", "1", "--every", "1"]
+    command = [
+        sys.executable,
+        SOAK,
+        "--adapters",
+        "4",
+        "--every",
+        "1",
+        "--minutes",
+        "0.05",
+        "--base",
+        model_dir,
+        "--threads",
+        "1",
+    ]
     done = subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, text=True, timeout=200)
     found = json.loads((tmp_path / "out.json").read_text())
     holds = {what: held for what, held in found["holds"].items() if "memory" not in what}  # too short for that
