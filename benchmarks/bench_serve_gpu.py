@@ -93,7 +93,7 @@ class Bench:
         self.model = build(o)
         self.registry = Registry(self.model, allowed=[folder], device_slots=max(self.most, o.slots), host_slots=10_000)
         self.registry.load("a0", write_adapter(folder / "a0", self.model, o.rank))
-        add_copies(self.registry, self.most + 16)
+        add_copies(self.registry, self.most + 16)  # some more than the device has room for
         self.engine = Engine(
             self.model, build_tokenizer(), self.registry, slots=o.slots, context=o.context, queue=4 * o.slots
         )

@@ -177,6 +177,18 @@ class Engine:
     # The thread that owns the model
 
     def _work(self) -> None:
+        try:
+            self.runner.prepare()
+            self._serve()
+        except Exception as error:  # a fault of the engine itself: nobody may wait for an answer for ever
+            with self._arrived:
+                self._stop_at = monotonic()
+                left = self._all() + self._new
+            for running in left:
+                running.tell("", "error", f"the engine failed: {error}"[:500])
+            raise
+
+    def _serve(self) -> None:
         while self._collect():
             self._drop_cancelled()
             self.runner.pool.drop_dead()
@@ -218,7 +230,8 @@ class Engine:
             if failure := next((f for c in running.contents if (f := self.registry.failure(c))), None):
                 self._finish(running, "", "error", failure)
             elif all([self.registry.ready(c) for c in running.contents]):
-                self._place(running)
+                with self._blaming([running]):
+                    self._place(running)
 
     def _place(self, running: Running) -> None:
         slot, donor, length = self.slots.choose(running)

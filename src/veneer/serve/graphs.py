@@ -80,10 +80,12 @@ class GraphRunner(Runner):
     def _slots(self, slots: int) -> int:
         return slots + 1
 
-    def warm(self, adapters: bool) -> None:
-        """Capture every number of rows now: without adapters, or with one a row."""
-        for bucket in self.buckets:
-            self._step(bucket, int(adapters))
+    def prepare(self) -> None:
+        """Besides, capture every number of rows, without adapters and (if there are any) with one a row."""
+        super().prepare()
+        for room in (0, 1) if self.pool.stacks else (0,):
+            for bucket in self.buckets:
+                self._step(bucket, room)
 
     @torch.inference_mode()
     def tokens(self, rows: Sequence[tuple[int, int, int, Uses]], ahead: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -108,7 +108,7 @@ class Pool:
         if self.places[place].content is not None:
             self._clear(place)
         if content.rank > self.rank or not content.shapes.keys() <= self.targets:
-            self._grow(content)
+            self.grow(*self.registry.extent(content))
         self._write(place, content)
         self.places[place].content, content.on_device = content, True
 
@@ -129,28 +129,26 @@ class Pool:
             wide_A[:, :rank].copy_(factors[0])
             wide_B[:rank].copy_(factors[1])
 
-    def _grow(self, content: Content) -> None:
+    def grow(self, rank: int, targets: Iterable[str]) -> None:
         """Make the stacks anew for a larger rank or more targets, with what they hold."""
-        old_rank, old = self.rank, self.stacks
-        power, multiple = max(16, 1 << (content.rank - 1).bit_length()), -(-content.rank // 4) * 4
-        self.rank = max(self.rank, power if self.power_ranks else multiple)
-        self.targets |= content.shapes.keys()
-        self.stacks = {}
+        power, multiple = max(16, 1 << (rank - 1).bit_length()), -(-rank // 4) * 4
+        rank, targets = max(self.rank, power if self.power_ranks else multiple), self.targets | set(targets)
+        options, stacks = {"dtype": self.dtype, "device": self.device}, {}
         for group in self.groups:
-            if self.targets.isdisjoint(group.targets):
+            if targets.isdisjoint(group.targets):
                 continue
-            options = {"dtype": self.dtype, "device": self.device}
-            wide = torch.zeros(self.size, group.d_in, len(group.targets) * self.rank, **options)
-            self.stacks[group] = Stack(wide, [torch.zeros(self.size, self.rank, o, **options) for o in group.d_outs])
-            if group in old:
-                self._carry(self.stacks[group], old[group], old_rank)
+            wide = torch.zeros(self.size, group.d_in, len(group.targets) * rank, **options)
+            stacks[group] = Stack(wide, [torch.zeros(self.size, rank, o, **options) for o in group.d_outs])
+            if group in self.stacks:
+                self._carry(stacks[group], self.stacks[group], rank)
+        self.stacks, self.rank, self.targets = stacks, rank, targets
         self.version += 1
 
     def _carry(self, new: Stack, old: Stack, rank: int) -> None:
         for part, (wide, narrow) in enumerate(zip(new.B, old.B)):
-            wide[:, :rank].copy_(narrow)
-            start = part * self.rank
-            new.A[:, :, start : start + rank].copy_(old.A[:, :, part * rank : (part + 1) * rank])
+            wide[:, : self.rank].copy_(narrow)
+            own = old.A[:, :, part * self.rank : (part + 1) * self.rank]
+            new.A[:, :, part * rank : part * rank + self.rank].copy_(own)
 
 
 def groups_of(calls: Sequence[tuple[str, int]], targets: Mapping[str, tuple[int, int]]) -> list[Group]:

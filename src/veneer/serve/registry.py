@@ -153,6 +153,12 @@ class Registry:
                 self._drop_unused(content)
             self._trim()
 
+    def extent(self, content: Content | None = None) -> tuple[int, set[str]]:
+        """The largest rank and all targets of what is loaded (and of a content): what a pool should have room for."""
+        with self._lock:
+            known = [c for c in self._contents if c.named] + ([content] if content else [])
+            return max((c.rank for c in known), default=0), {target for c in known for target in c.shapes}
+
     def failure(self, content: Content) -> str | None:
         """Why a content could not be read again, if it could not."""
         if content.loading is None or not content.loading.done():

@@ -49,6 +49,12 @@ class Runner:
     def _slots(self, slots: int) -> int:
         return slots
 
+    def prepare(self) -> None:
+        """Make room for the adapters that are loaded now, before the first request."""
+        rank, targets = self.pool.registry.extent()
+        if targets:
+            self.pool.grow(rank, targets)
+
     def close(self) -> None:
         """Take the adapters out of the model and give it its own attention back."""
         for parent, leaf, module in self._replaced:
