@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 from weakref import ref
 
@@ -97,7 +99,12 @@ class Bank:
         """
         if self.merged is not None:
             raise AdapterStateError(f"{', '.join(self.merged) or 'nothing'} is merged into the base: unmerge() first")
+        if not (which is None or isinstance(which, (str, Mapping))):
+            raise AdapterStateError(f"activate takes a name, {{name: weight}} or None, not {which!r}")
         stack = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+        odd = next((w for w in stack.values() if not (isinstance(w, Real) and math.isfinite(w))), None)
+        if odd is not None:
+            raise AdapterStateError(f"an adapter's weight is a finite number, not {odd!r}")
         swaps = [name for name in stack if self.check(name).modules or self.entries[name].biases]
         if swaps and (len(stack) > 1 or stack[swaps[0]] != 1.0):
             raise AdapterStateError(

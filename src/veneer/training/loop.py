@@ -197,6 +197,8 @@ class Trainer:
         warmup = warmup_steps(options.warmup, total)
         started = time.monotonic() - state.seconds
         self.observe({"type": "start", "step": state.step, "total_steps": total})
+        if state.step >= total or state.stopped_early:
+            self._note("the run had ended: there is no step left to train")
         while state.step < total and not state.stopped_early and not self._interrupted:
             set_lr(self.optimizer, options.lr * lr_factor(state.step + 1, total, warmup, options.schedule))
             record = self._step(setup, state, total)
