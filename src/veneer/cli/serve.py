@@ -71,7 +71,9 @@ def command(
     folders = [folder.expanduser().resolve() for folder in adapters or []]
     named = name_adapters(folders)
     for taken in {served, "base"} & named.keys():
-        raise ConfigError(f"{named[taken]} has the base's name, {taken!r}: rename the folder, or give the base a --name")
+        raise ConfigError(
+            f"{named[taken]} has the base's name, {taken!r}: rename the folder, or give the base a --name"
+        )
     if engine == "vllm":
         if quant or allow or allow_host:
             raise ConfigError("--quant, --allow and --allow-host are for Veneer's own engine: leave them out")
