@@ -27,6 +27,7 @@ from veneer.cli import (
     merge,
     plan,
     resize,
+    serve,
     sweep,
     train,
 )
@@ -49,6 +50,7 @@ app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
 app.command("explain")(explain.command)
 app.command("plan")(plan.command)
+app.command("serve")(serve.command)
 app.command("merge")(merge.command)
 app.command("combine")(combine.command)
 app.command("export")(export.command)
