@@ -152,7 +152,9 @@ class StreamedRows(RowModel):
     def _embed(self, ids: Tensor) -> Tensor:
         return self.base.lookup(ids) if self._final is None else self._final.detach()
 
-    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+        if reduction != "sum":
+            raise BaseModelError("the loss of each target is not made over a streamed base: use stream: off")
         bias, options = output_head(self.model).bias, {"softcap": self.head.softcap, "logit_scale": self.head.scale}
         if len(self.base.head.blocks) > 1:
             return streamed_cross_entropy(hidden, self.base.head_pieces, bias, targets, **options)
