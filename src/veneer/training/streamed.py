@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.random import fork_rng
 
+from veneer.adapter import quantised
 from veneer.adapter.attach import get_bank
 from veneer.adapter.layers import AdaptedModule
 from veneer.adapter.targets import input_embedding, output_head
@@ -28,6 +30,7 @@ from veneer.kernels import dispatch
 from veneer.kernels.streamed_head import streamed_cross_entropy
 from veneer.training.accelerate import Accelerated, Dial
 from veneer.training.forward import RowModel
+from veneer.training.packing import watch
 from veneer.training.store import Mode
 
 EVAL_TOKENS = 16384
@@ -86,11 +89,13 @@ class StreamedRows(RowModel):
         self._noted: list[tuple[tuple, dict]] | None = None
         self._first: Tensor | None = None
         self._final: Tensor | None = None
+        self._packed = False
         self._seed = torch.zeros(0, device=self.device, requires_grad=True)
 
     def __enter__(self) -> StreamedRows:
         self.base.uninstall()
         self.fast.__enter__()
+        self._packed = False
         self.calls = [block.forward for block in self.blocks]
         for i, block in enumerate(self.blocks):
             block.forward = partial(self._stand_in, i)
@@ -147,7 +152,9 @@ class StreamedRows(RowModel):
     def _embed(self, ids: Tensor) -> Tensor:
         return self.base.lookup(ids) if self._final is None else self._final.detach()
 
-    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
+        if reduction != "sum":
+            raise BaseModelError("the loss of each target is not made over a streamed base: use stream: off")
         bias, options = output_head(self.model).bias, {"softcap": self.head.softcap, "logit_scale": self.head.scale}
         if len(self.base.head.blocks) > 1:
             return streamed_cross_entropy(hidden, self.base.head_pieces, bias, targets, **options)
@@ -182,7 +189,32 @@ class StreamedRows(RowModel):
             with self._quiet(), torch.no_grad():
                 self._whole(self.pack([TokenizedExample(ids, np.ones(len(ids), bool))], 8, False)[0])
         calls, hidden = zip(*map(self._note, rows))
+        if self.fast.compile and not self._packed:
+            with self.in_force(rows[0]):
+                self._pack(hidden[0], *calls[0][0])
         return list(calls), list(hidden)
+
+    @torch.no_grad()
+    def _pack(self, hidden: Tensor, args: tuple, kwargs: dict) -> None:
+        """As `Accelerated` does for compiled blocks, the 4-bit linears alone: a float matrix would stay on the device.
+
+        What is kept of the packed weights are views of the buffer that a block is always brought to.
+        """
+        self._packed, first = True, self.blocks[0]
+        with self.base.conveyor.use(0), fork_rng([self.device] if self.device.type == "cuda" else []):
+            with watch(first) as names:
+                type(first).forward(first, hidden, *args, **kwargs)
+        for i, block in enumerate(self.blocks):
+            four_bits = [
+                group
+                for group in names
+                if group and type(block) is type(first)
+                if quantised.method(block.get_submodule(group[0]).base_layer) in ("nf4", "fp4")
+            ]
+            if four_bits:
+                with self.base.conveyor.use(i, range(i + 1, len(self.blocks))):
+                    self.fast.packing.pack([block], four_bits)
+        self.fast.packing.refresh()
 
     def losses(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """The loss of each row, without gradients."""
