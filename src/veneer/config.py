@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from veneer import combinations
 from veneer.errors import ConfigError
@@ -253,6 +253,10 @@ class OptimConfig(Section):
     """Where the frozen blocks are (docs/stream.md): off: on the device. host: in host memory, a few at a time on the
     device. disk: in the safetensors files, for when host memory is short too. Keeping all for the backward pass
     (checkpointing: keep) is recompute then."""
+    vram: ByteSize | None = None
+    """Memory that the run may take on its device, such as 8GB or 7.5GiB (on a CPU: of the process). Settings that are
+    left out here (micro_batch_tokens, checkpointing, optimizer, stream, and quant) are chosen to fit it, and the run is held to
+    it; docs/memory.md. Absent: the device's free memory."""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""
     eval_examples: int | None = Field(None, ge=1)
@@ -270,6 +274,11 @@ class OptimConfig(Section):
     @classmethod
     def _dial(cls, value: Any) -> Any:
         return {True: "recompute", False: "keep"}[value] if isinstance(value, bool) else value
+
+    @field_validator("vram", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> Any:
+        return None if value is None else parse_size(value)
 
     @field_validator("compile", "pack", "stream", mode="before")
     @classmethod
@@ -326,6 +335,17 @@ class TrainConfig(Section):
     def to_yaml(self) -> str:
         """The whole resolved configuration as YAML that `load` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of "8GB", "7.5 GiB" or a number of bytes. `ValueError` for what is none, or too little to be meant."""
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise ValueError("write a number and a unit, such as 8GB or 7.5GiB") from None
+    if size < 64_000_000:
+        raise ValueError("that is less than any model needs; a unit goes with it, such as 8GB")
+    return size
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
