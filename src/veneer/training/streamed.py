@@ -153,13 +153,13 @@ class StreamedRows(RowModel):
         return self.base.lookup(ids) if self._final is None else self._final.detach()
 
     def _head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
-        if reduction != "sum":
-            raise BaseModelError("the loss of each target is not made over a streamed base: use stream: off")
         bias, options = output_head(self.model).bias, {"softcap": self.head.softcap, "logit_scale": self.head.scale}
         if len(self.base.head.blocks) > 1:
+            if reduction != "sum":
+                raise ConfigError("a streamed head gives a row's summed loss, not one for each token: use stream: off")
             return streamed_cross_entropy(hidden, self.base.head_pieces, bias, targets, **options)
         with self.base.head.use(0) as (weight,):
-            return dispatch.linear_cross_entropy(hidden, weight, bias, targets, **options)
+            return dispatch.linear_cross_entropy(hidden, weight, bias, targets, reduction=reduction, **options)
 
     @torch.no_grad()
     def _note(self, row: Row) -> tuple[list[tuple[tuple, dict]], Tensor]:
