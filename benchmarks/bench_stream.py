@@ -341,7 +341,7 @@ def fresh(smoke: bool) -> None:
 
 def bfloat16_8b(record: Record, smoke: bool) -> None:
     bench = Bench("8B", None, smoke)
-    rows = [4096] * 8
+    rows = [2048] * 16
     note = {
         "load_seconds": round(bench.load_seconds, 1),
         "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1),
@@ -353,10 +353,9 @@ def bfloat16_8b(record: Record, smoke: bool) -> None:
     record.measure(
         "a", "streamed, no copies", lambda: bench.run(rows, "recompute-offload", budget=4, steps=1, no_copies=True)
     )
-    record.measure("a", "streamed, half the rows", lambda: bench.run(rows[:4], "recompute-offload", budget=4, steps=1))
-    record.measure("a", "streamed, mixed, 8 GB", lambda: bench.run(rows, "mixed", budget=8, steps=1))
+    record.measure("a", "streamed, half the rows", lambda: bench.run(rows[:8], "recompute-offload", budget=4, steps=1))
     bench.to_device()
-    for dial in ("recompute", "keep"):
+    for dial in ("recompute", "selective"):
         resident(record, "a", bench, rows, dial, streamed, gradient)
 
 
@@ -375,7 +374,7 @@ def resident(record: Record, case: str, bench: Bench, rows: list[int], dial: str
 
 def nf4_8b(record: Record, smoke: bool, cases: set[str]) -> None:
     bench = Bench("8B", "nf4", smoke)
-    rows, streamed, gradient = [2048] * 8, None, None
+    rows, streamed, gradient = [1024] * 16, None, None
     if "b" in cases:
         note = {
             "load_seconds": round(bench.load_seconds, 1),
