@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from veneer.plan.explain import explain
     from veneer.plan.spectrum import analyse
     from veneer.training.loop import Trainer, train
+    from veneer.training.sweep import train_many
     from veneer.training.tune import tune_weights
 
 _WHERE = {
@@ -69,6 +70,7 @@ _WHERE = {
     "analyse": "plan.spectrum",
     "Trainer": "training.loop",
     "train": "training.loop",
+    "train_many": "training.sweep",
     "tune_weights": "training.tune",
 }
 __all__ = ["__version__", *_WHERE]

@@ -80,6 +80,20 @@ RUN: list[Rule] = [
         lambda c: c.adapter.invocation and c.train.pack == "on",
         "adapter.invocation (aLoRA) finds one place in each sequence, so rows cannot be packed: leave train.pack out",
     ),
+    (
+        lambda c: c.train.stream != "off" and c.adapter.init in ("eva", "corda", "lora_ga"),
+        "adapter.init eva, corda and lora_ga run the whole base before training, which train.stream does not hold: use "
+        "kaiming, pissa or olora",
+    ),
+    (
+        lambda c: c.train.stream != "off" and c.quant not in ("none", "nf4", "fp4", "int8"),
+        "train.stream goes with quant none, nf4, fp4 or int8: choose one of them",
+    ),
+    (
+        lambda c: c.train.stream != "off" and (c.adapter.trainable_tokens or c.adapter.new_tokens),
+        "train.stream keeps the embedding on the host, so its rows are not trained: leave trainable_tokens and new_tokens "
+        "out, or use stream: off",
+    ),
 ]
 """Rules over a `TrainConfig`."""
 

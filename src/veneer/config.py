@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from veneer import combinations
 from veneer.errors import ConfigError
@@ -249,6 +249,14 @@ class OptimConfig(Section):
     host memory, copied while other blocks compute. mixed: two of seven blocks as offload, the others as
     recompute-offload.
     (true and false mean recompute and keep.)"""
+    stream: Literal["off", "host", "disk"] = "off"
+    """Where the frozen blocks are (docs/stream.md): off: on the device. host: in host memory, a few at a time on the
+    device. disk: in the safetensors files, for when host memory is short too. Keeping all for the backward pass
+    (checkpointing: keep) is recompute then."""
+    vram: ByteSize | None = None
+    """Memory that the run may take on its device, such as 8GB or 7.5GiB (on a CPU: of the process). Settings that are
+    left out here (micro_batch_tokens, checkpointing, optimizer, stream, and quant) are chosen to fit it, and the run is held to
+    it; docs/memory.md. Absent: the device's free memory."""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""
     eval_examples: int | None = Field(None, ge=1)
@@ -267,7 +275,12 @@ class OptimConfig(Section):
     def _dial(cls, value: Any) -> Any:
         return {True: "recompute", False: "keep"}[value] if isinstance(value, bool) else value
 
-    @field_validator("compile", "pack", mode="before")
+    @field_validator("vram", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> Any:
+        return None if value is None else parse_size(value)
+
+    @field_validator("compile", "pack", "stream", mode="before")
     @classmethod
     def _yaml_switch(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # what YAML reads on/off as
@@ -322,6 +335,17 @@ class TrainConfig(Section):
     def to_yaml(self) -> str:
         """The whole resolved configuration as YAML that `load` reads back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of "8GB", "7.5 GiB" or a number of bytes. `ValueError` for what is none, or too little to be meant."""
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise ValueError("write a number and a unit, such as 8GB or 7.5GiB") from None
+    if size < 64_000_000:
+        raise ValueError("that is less than any model needs; a unit goes with it, such as 8GB")
+    return size
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

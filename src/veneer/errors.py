@@ -45,5 +45,9 @@ class RunError(VeneerError, RuntimeError):
     """A run directory cannot be created, continued or written."""
 
 
+class PlanError(VeneerError, ValueError):
+    """No setting fits a memory budget."""
+
+
 class TrainingDiverged(VeneerError, RuntimeError):
     """The loss became NaN or infinite."""

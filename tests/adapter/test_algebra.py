@@ -82,10 +82,11 @@ def elected(tasks, weights, like):
 
 def sparsified(method, tasks, density, gamma, epsilon, draws):
     if method in ("ties", "magnitude-prune", "knots", "core"):
-        return [kept_largest(task, int(density * task.numel())) for task in tasks]
+        return [kept_largest(task, max(1, int(density * task.numel()))) for task in tasks]
     if method.startswith("breadcrumbs"):
         n = tasks[0].numel()
-        both = [(kept_largest(t, int(gamma * n) + int(density * n)), kept_largest(t, int(gamma * n))) for t in tasks]
+        skip, keep = int(gamma * n), max(1, int(density * n))
+        both = [(kept_largest(t, skip + keep), kept_largest(t, skip)) for t in tasks]
         return [more - top for more, top in both]
     uniform = [torch.rand(task.shape, generator=draw, dtype=torch.float64) for task, draw in zip(tasks, draws)]
     if method.startswith("dare"):

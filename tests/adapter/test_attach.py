@@ -184,6 +184,10 @@ def test_stack_route_disable_and_remove(llama):
     torch.testing.assert_close(logits(llama), single["one"])
     with pytest.raises(AdapterStateError, match="no adapter 'two'.*one"):
         bank.activate("two")
+    for wrong, says in ((["one"], "takes a name"), ({"one": float("nan")}, "finite"), ({"one": "0.5"}, "finite")):
+        with pytest.raises(AdapterStateError, match=says):
+            bank.activate(wrong)
+    assert bank.active == {"one": 1.0}
 
 
 def logits_of_base(bank, ids):

@@ -28,7 +28,7 @@ def test_commands_set_the_stack(two, model_dir):
     model, tokenizer = veneer.load_base(model_dir, device="cpu")
     adapters = Adapters(model, tokenizer, force=False)
     assert adapters.run("hello") is None and adapters.run("/what") is None
-    with pytest.raises(VeneerError, match="no adapter is attached"):
+    with pytest.raises(VeneerError, match="no adapter is loaded: /add PATH"):
         adapters.run("/use one")
     assert adapters.run(f"/add {two / 'one'}") == "adapters: one × 1"
     assert adapters.run(f"/add {two / 'two'} other") == "adapters: one × 1, other (off)"
@@ -109,7 +109,8 @@ def test_an_adapter_is_added_to_a_bare_base(chat, model_dir, loud):
     folder, answers = loud
     done = chat(["--model", model_dir], "hello", "/compare", "/use a", f"/add {str(folder)!r} a", "/off", "hello",
                 "/use a", "hello", "/compare", "hello")  # fmt: skip
-    assert done.code == 0 and done.err.count("error:") == 1 and "no adapter is attached" in done.err, done.err
+    assert done.code == 0 and done.err.count("error:") == 2, done.err
+    assert "no adapter to compare" in done.err and "no adapter is loaded: /add PATH" in done.err
     assert done.out == answers[0] * 2 + answers[1] + "base> " + answers[0] + "adapter> " + answers[1]
 
 

@@ -72,6 +72,8 @@ def test_weights_tuned_on_examples(cli, two, tmp_path, model_dir, conversations)
     assert found != [0.5, 0.5] and len(found) == 2
     model, _ = veneer.load_base(str(model_dir))
     veneer.load_adapter(model, out)
+    again = cli("combine", *two, "--tune-on", data, "--model", model_dir, "--out", out)
+    assert again.code == 2 and "not empty" in again.err and "tuned" not in again.out  # said before the search
 
 
 def test_verify_compares_with_the_stack_and_fails_where_it_must(cli, two, tmp_path, model_dir, monkeypatch):

@@ -55,6 +55,33 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
+def test_progress_counts_layers_and_devices_are_checked(two):
+    seen = []
+    report = combine(two, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, len(report.layers)) for i in range(len(report.layers))]
+    with pytest.raises(ConfigError, match="device 'abacus'"):
+        combine(two, device="abacus")
+
+
+def test_small_ranks_in_a_common_basis_are_not_wiped_out(tmp_path):
+    """Of two updates of rank 1 the common basis has 4 values, of which the default density would keep none."""
+    paths = [saved(tmp_path / str(seed), tiny_llama(), seed, rank=1, alpha=1) for seed in (1, 2)]
+    report = combine(paths, tmp_path / "out", method="core")
+    assert all(float(d.abs().max()) > 0 for d in deltas(tmp_path / "out").values())
+    assert report.error < 0.95
+
+
+def test_parts_that_cancel_out_are_no_error(two, tmp_path):
+    report = combine([two[0], two[0]], tmp_path / "nothing", weights=[1, -1])
+    assert report.error == 0 and report.worst.size == 0
+    found = deltas(tmp_path / "nothing")
+    assert max(float(d.abs().max()) for d in found.values()) < 1e-12 * max(
+        float(d.abs().max()) for d in deltas(two[0]).values()
+    )
+    report = combine(two, weights=[1, 1e-6], method="svd", rank=1)
+    assert report.error > 0
+
+
 def test_cat_is_the_live_stack_in_veneer_and_in_peft(two, tmp_path):
     report = combine(two, tmp_path / "out", weights=WEIGHTS)
     stacked = put(put(tiny_llama(), "a", 1), "b", 2, **ODD)

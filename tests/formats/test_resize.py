@@ -30,7 +30,7 @@ def saved(model, path, seed=0, noise=0.2, **config):
 
 
 def deltas(model):
-    return {name: layer.delta("default").double() for name, layer in veneer.get_bank(model).layers.items()}
+    return {name: layer.delta("default").detach().double() for name, layer in veneer.get_bank(model).layers.items()}
 
 
 def loaded(path, **options):

@@ -2,12 +2,47 @@
 
 import pytest
 import torch
+from formats.adapters import saved
 from torch import nn
 
 import veneer
+from conftest import tiny_llama
 from veneer.adapter.slot import prepare, swap
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+
+
+def captured(module, x):
+    """A CUDA graph of module(x), and the tensor that a replay fills."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        module(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    return graph, y
+
+
+def test_a_cuda_graph_gives_the_new_adapters_output_after_a_swap_from_files(tmp_path):
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    options = {"one": {"rank": 2, "alpha": 5}, "two": {"rank": 7, "alpha": 3, "rslora": True}}
+    paths = {
+        n: saved(tmp_path / n, tiny_llama(), i, target_modules=targets, **o) for i, (n, o) in enumerate(options.items())
+    }
+    model = tiny_llama().cuda()
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=4, target_modules=targets), name="slot")
+    veneer.reserve(bank, "slot", 8)
+    x = torch.randn(5, 36, generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        graph, y = captured(model.model.layers[0].mlp, x)
+        for name in ("one", "two", "one"):
+            veneer.swap_adapter(model, paths[name], name="slot")
+            graph.replay()
+            truth = tiny_llama().cuda()
+            veneer.load_adapter(truth, paths[name])
+            torch.testing.assert_close(y, truth.model.layers[0].mlp(x), rtol=1e-3, atol=1e-4)
 
 
 def test_a_cuda_graph_goes_on_after_a_swap():
@@ -24,14 +59,7 @@ def test_a_cuda_graph_goes_on_after_a_swap():
         for rank in (8, 2)
     ]
     with torch.no_grad():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            model(x)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = model(x)
+        graph, y = captured(model, x)
         for source in others:
             ready = prepare(bank, "slot", source)
             assert ready.is_pinned()

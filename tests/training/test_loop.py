@@ -316,6 +316,16 @@ def test_resume_with_another_configuration_is_refused(change, model_dir, chat_fi
         veneer.train(config(model_dir, chat_file, tmp_path / "run", max_steps=2, **change), resume=True)
 
 
+def test_resuming_what_had_ended_says_so_and_changes_nothing(model_dir, chat_file, tmp_path):
+    run, notes = tmp_path / "run", []
+    veneer.train(config(model_dir, chat_file, run, max_steps=2))
+    before = (run / "adapter/adapter_model.safetensors").read_bytes()
+    options = {"resume": True, "observe": lambda r: notes.append(r.get("text", ""))}
+    result = veneer.train(config(model_dir, chat_file, run, max_steps=2), **options)
+    assert result.steps == 2 and "the run had ended: there is no step left to train" in notes
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() == before
+
+
 def test_resume_with_other_data_is_refused(model_dir, chat_file, tmp_path):
     veneer.train(config(model_dir, chat_file, tmp_path / "run", max_steps=2))
     chat_file.write_text(chat_file.read_text().replace("number 3", "number 4"))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 from weakref import ref
 
 from torch import nn
 
-from veneer.adapter.layers import AdaptedModule, Routing, TrainedTokens, plain
+from veneer.adapter.layers import AdaptedModule, Routing, Stream, TrainedTokens, plain
 from veneer.adapter.report import AttachReport, count
+from veneer.adapter.targets import output_head
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError
+from veneer.kernels.ranges import Ranges
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What an adapter may be called: names stand in parameters' names and in files."""
@@ -97,7 +101,12 @@ class Bank:
         """
         if self.merged is not None:
             raise AdapterStateError(f"{', '.join(self.merged) or 'nothing'} is merged into the base: unmerge() first")
+        if not (which is None or isinstance(which, (str, Mapping))):
+            raise AdapterStateError(f"activate takes a name, {{name: weight}} or None, not {which!r}")
         stack = {} if which is None else {which: 1.0} if isinstance(which, str) else dict(which)
+        odd = next((w for w in stack.values() if not (isinstance(w, Real) and math.isfinite(w))), None)
+        if odd is not None:
+            raise AdapterStateError(f"an adapter's weight is a finite number, not {odd!r}")
         swaps = [name for name in stack if self.check(name).modules or self.entries[name].biases]
         if swaps and (len(stack) > 1 or stack[swaps[0]] != 1.0):
             raise AdapterStateError(
@@ -125,6 +134,39 @@ class Bank:
             self.activate(None)
             self.routing.rows = tuple(rows)
             yield
+
+    def lone(self, name: str) -> str | None:
+        """Why an adapter cannot share a packed row with others (`route_tokens`); None if it can."""
+        entry, head = self.check(name), output_head(self.model)
+        kinds = {self.layers[path].kind for path in entry.targets} - {"linear", "embedding"}
+        if entry.modules or entry.biases:
+            return "it trains whole modules or biases"
+        if entry.tokens:
+            return "it trains embedding rows (trainable_tokens, new_tokens)"
+        if entry.config.invocation:
+            return "it acts from its invocation on (aLoRA), which is found by whole rows"
+        if isinstance(head, AdaptedModule) and (name in head.lora_A or name in getattr(head, "names", ())):
+            return "it adapts the output head"
+        return f"it adapts {', '.join(sorted(kinds))} modules" if kinds else None
+
+    @contextmanager
+    def route_tokens(self, lengths: Mapping[str, int], streams: Mapping[str, Stream] | None = None) -> Iterator[None]:
+        """Each adapter its own run of the tokens of one packed row, in this order, for the length of a `with` block.
+
+        The backward pass belongs in the block too. The runs cover the row; a length may be 0. `streams` are the random
+        numbers for each adapter's dropout. Raises `AdapterStateError` for an adapter that `lone` says cannot be routed so.
+        """
+        for name in lengths:
+            if reason := self.lone(name):
+                raise AdapterStateError(f"adapter {name!r} cannot share a row with others: {reason}")
+        device = next(self.model.parameters()).device
+        with self._restoring():
+            self.activate(None)
+            self.routing.ranges, self.routing.streams = Ranges.of(lengths, device), dict(streams or {})
+            try:
+                yield
+            finally:
+                self.routing.ranges, self.routing.streams = None, {}
 
     @contextmanager
     def _restoring(self) -> Iterator[None]:

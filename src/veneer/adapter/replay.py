@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter.layers import Routing
+from veneer.kernels.ranges import Ranges
 
-State = tuple[dict[str, float], tuple[str | None, ...] | None, dict[str, Tensor | None]]
+State = tuple[dict[str, float], tuple[str | None, ...] | None, dict[str, Tensor | None], Ranges | None]
 
 
 class Replay:
-    """Notes at each training call who acted (stack, rows, aLoRA's places), and puts it back for the call's own gradient.
+    """Notes at each training call who acted (stack, rows, aLoRA's places, ranges), and puts it back for the call's own
+    gradient.
 
     Between a call and its backward pass another adapter may have been activated, a `route` block left, or a sequence
     with another invocation read. When the backward pass ends, the present state returns. Modules that an adapter swaps
@@ -47,10 +49,11 @@ class Replay:
         self.present = None
 
     def _state(self) -> State:
-        return self.routing.stack, self.routing.rows, dict(self.routing.tokens)
+        return self.routing.stack, self.routing.rows, dict(self.routing.tokens), self.routing.ranges
 
     def _set(self, state: State) -> None:
         self.routing.stack, self.routing.rows, self.routing.tokens = state[0], state[1], dict(state[2])
+        self.routing.ranges = state[3]
 
 
 def watch_calls(model: nn.Module, routing: Routing) -> list[Callable[[], None]]:

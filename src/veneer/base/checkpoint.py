@@ -83,6 +83,11 @@ class TensorFile:
         }
         self.entries = dict(sorted(found.items(), key=lambda item: item[1].start))
 
+    @property
+    def descriptor(self) -> int:
+        """The open file, for reading at a place."""
+        return self._file
+
     def tensor(self, name: str) -> Tensor:
         """A tensor as a read-only view of the file."""
         entry = self.entries[name]

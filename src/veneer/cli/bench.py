@@ -30,11 +30,17 @@ def command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A key of adapter or train, e.g. train.compile=off."),
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine's rates for veneer plan, and keep them.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Measure a training step here: tokens/s, share of what the machine could do, and memory by component."""
+    if calibrate:
+        _calibrate(device, dtype, json)
+        return
     settings = {"adapter.rank": rank, "train.micro_batch_tokens": max(16, batch * length)} | parse_settings(set_ or [])
     if checkpointing is not None:
         settings["train.checkpointing"] = checkpointing
@@ -46,6 +52,26 @@ def command(
         return
     Console(highlight=False).print(_table(results))
     err.print(f"limit: the step's products alone, at {rate / 1e12:.3g} TFLOP/s measured here in the same dtype")
+
+
+def _calibrate(device: str, dtype: str, as_json: bool) -> None:
+    import torch
+
+    from veneer.base.load import pick_device, pick_dtype
+    from veneer.plan import probe
+
+    place = torch.device(pick_device(device))
+    if place.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--calibrate measures cpu or cuda, not {place.type}")
+    rates = probe.calibrate(place, pick_dtype(dtype, str(place)))
+    if as_json:
+        print(json_module.dumps({"device": probe.device_name(place)} | rates.as_dict(), indent=2))
+        return
+    print(
+        f"{probe.device_name(place)}: products {rates.products / 1e12:.3g} TFLOP/s, memory {rates.bandwidth / 1e9:.3g} "
+        f"GB/s, host to device {rates.copy / 1e9:.3g} GB/s, disk {rates.disk / 1e9:.3g} GB/s, "
+        f"{rates.call * 1e6:.2g} µs to start an operation; veneer plan uses these from now on"
+    )
 
 
 def _run(model, lengths, settings, quant, steps, against, trace, device, dtype):

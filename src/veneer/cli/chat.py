@@ -108,7 +108,9 @@ class Chat:
         elif line == "/help":
             err.print("\n".join(f"{command:20} {what}" for command, what in HELP.items()), style="dim", markup=False)
         elif line == "/compare":
-            self.compare = self.adapters.bank is not None and not self.compare
+            if self.adapters.bank is None:
+                raise ConfigError("there is no adapter to compare with the base: /add PATH [NAME] loads one")
+            self.compare = not self.compare
             err.print("comparing with the base" if self.compare else "answering alone", style="dim")
         elif line.split()[0] == "/system":
             self.system, self.history = line.removeprefix("/system").strip() or None, []

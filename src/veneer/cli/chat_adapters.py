@@ -58,9 +58,9 @@ class Adapters:
         return self.model.__dict__.get(BANK)
 
     def _bank(self) -> Any:
-        from veneer.adapter.attach import get_bank
-
-        return get_bank(self.model)
+        if self.bank is None:
+            raise ConfigError("no adapter is loaded: /add PATH [NAME] loads one")
+        return self.bank
 
     def _described(self) -> str:
         bank = self._bank()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from veneer.cli.common import Device, base_of, err, locate
 from veneer.errors import ConfigError
@@ -61,12 +62,13 @@ def command(
     """Combine adapters of one base into one adapter, and say how far it is from their weighted sum."""
     import torch
 
-    from veneer.formats.combine import combine, parse_weights
+    from veneer.formats.combine import check_free, combine, parse_weights
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype is float32, bfloat16 or float16, not {dtype!r}")
     folders, console = [locate(path)[0] for path in adapters], Console(highlight=False)
     chosen = parse_weights(weights)
+    check_free(out)  # before a search that takes minutes
     settings = {"rank": rank, "density": density, "gamma": gamma, "epsilon": epsilon, "space": space, "like": like}
     options = {
         "method": method,
@@ -99,7 +101,13 @@ def command(
         )
         chosen = tuned.weights
         console.print(str(tuned), soft_wrap=True, markup=False)
-    report = combine(folders, out, weights=chosen, device=device, **options)
+    with Progress(TextColumn("layers"), BarColumn(), MofNCompleteColumn(), console=err, transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        report = combine(folders, out, weights=chosen, device=device, progress=progress, **options)
     console.print(str(report), soft_wrap=True, markup=False)
     if verify:
         from veneer.formats.combine_check import check_on_base

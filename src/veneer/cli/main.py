@@ -25,7 +25,10 @@ from veneer.cli import (
     info,
     init,
     merge,
+    plan,
     resize,
+    serve,
+    sweep,
     train,
 )
 from veneer.errors import VeneerError
@@ -40,11 +43,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.command)
+app.command("sweep")(sweep.command)
 app.command("eval")(evaluate.command)
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
 app.add_typer(data.app, name="data")
 app.command("explain")(explain.command)
+app.command("plan")(plan.command)
+app.command("serve")(serve.command)
 app.command("merge")(merge.command)
 app.command("combine")(combine.command)
 app.command("export")(export.command)

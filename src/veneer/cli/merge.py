@@ -69,16 +69,16 @@ def _streamed(report: Any) -> list[str]:
     if report.rounding:
         nearest, stochastic = report.rounding.means()
         lines.append(f"rounding       mean error {stochastic:.3g} stochastic, {nearest:.3g} if rounded to nearest")
-    if report.logits:
-        lines += [f"float merge    {report.logits}", f"base alone     {report.effect}  (what the adapter does)"]
-        if report.logits.mean > 0.5 * report.effect.mean > 0:
-            lines.append(
-                "warning        rounding costs as much as the adapter does: add --dtype float32, or serve it unmerged"
-            )
-    elif report.rows:
-        lines.append(f"checked        {report.rows} rows of the files against W + ΔW, no logits: {report.why}")
-    else:
-        lines.append("not verified   (--no-verify)")
+    if not report.rows:
+        return [*lines, "not verified   (--no-verify)"]
+    lines.append(f"checked        {report.rows} rows of the files are W + ΔW")
+    if not report.logits:
+        return [*lines, f"logits         not compared: {report.why}"]
+    lines += [f"float merge    {report.logits}", f"base alone     {report.effect}  (what the adapter does)"]
+    if report.logits.mean > 0.5 * report.effect.mean > 0:
+        lines.append(
+            "warning        rounding costs as much as the adapter does: add --dtype float32, or serve it unmerged"
+        )
     return lines
 
 

@@ -43,7 +43,9 @@ FLAGS = {
     "device": "device",
     "dtype": "dtype",
     "quant": "quant",
+    "stream": "train.stream",
     "seed": "seed",
+    "vram": "train.vram",
 }
 
 INITS = "kaiming, gaussian, orthogonal, pissa, olora, eva, corda, lora_ga, or loftq (quantised bases)"
@@ -103,6 +105,10 @@ def command(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     quant: Annotated[str | None, typer.Option(help=QUANT_HELP)] = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(help="Frozen blocks in host memory (host) or in their files (disk); see docs/stream.md."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key, e.g. train.pack=off.")
@@ -112,6 +118,8 @@ def command(
 ) -> None:
     """Train an adapter: from a YAML file, from flags, or both (flags win)."""
     flags = {key: value for key, value in locals().items() if key in FLAGS and value not in (None, [])}
+    if config is not None and _train_list(config, flags, set_ or [], resume, dry_run):
+        return
     resolved = _resolve(config, flags, set_ or [], resume)
     from veneer.training.loop import Trainer
 
@@ -138,14 +146,32 @@ def command(
     )
 
 
+def _train_list(config: Path, flags: dict[str, Any], settings: list[str], resume: bool, dry_run: bool) -> bool:
+    """Train the adapters that a configuration lists (or a sweep's directory holds); False if there is only one."""
+    from veneer.cli import sweep
+    from veneer.config import put, read_yaml
+
+    if config.is_dir():
+        if not (resume and sweep.is_sweep(config)):
+            return False
+        sweep.resume_sweep(config)
+        return True
+    values = read_yaml(config)
+    if "adapters" not in values:
+        return False
+    for key, value in _overrides(flags, settings).items():
+        put(values, key, value)
+    sweep.train_list(values, resume=resume, dry_run=dry_run)
+    return True
+
+
 def _losses(result: Any) -> str:
     last = "–" if result.loss is None else f"{result.loss:.4f}"  # a resumed run may have had no step left
     return last if result.best_loss is None else f"{last}, held-out best {result.best_loss:.4f}"
 
 
-def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], resume: bool):
-    from veneer.config import TrainConfig, read_yaml
-
+def _overrides(flags: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """What the flags and --set give, by dotted configuration key."""
     for key in ("data", "heldout"):
         if key in flags and len(flags[key]) == 1:
             flags[key] = flags[key][0]
@@ -154,7 +180,13 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
             flags[key] = [int(part) for part in flags[key].split(",") if part.strip()]
     if "targets" in flags:
         flags["targets"] = parse_targets(flags["targets"])
-    overrides = {FLAGS[key]: value for key, value in flags.items()} | parse_settings(settings)
+    return {FLAGS[key]: value for key, value in flags.items()} | parse_settings(settings)
+
+
+def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], resume: bool):
+    from veneer.config import TrainConfig, read_yaml
+
+    overrides = _overrides(flags, settings)
     run = (
         config
         if config is not None and config.is_dir()

@@ -159,3 +159,20 @@ def make_row(groups: Sequence[Group]) -> Row:
             at += len(tail)
     joined = [np.concatenate(part).astype(np.int64) for part in (ids, positions, predictors, targets)]
     return Row(*joined, tuple(segments))
+
+
+def join(rows: Sequence[Row]) -> Row:
+    """Rows one after the other in one row; their sequences do not see each other."""
+    starts = np.cumsum([0, *(len(row.input_ids) for row in rows)])
+    segments = [
+        Segment(s.start + at, s.end + at, s.prefix_start + at, s.prefix_end + at)
+        for row, at in zip(rows, starts.tolist())
+        for s in row.segments
+    ]
+    return Row(
+        np.concatenate([row.input_ids for row in rows]),
+        np.concatenate([row.position_ids for row in rows]),
+        np.concatenate([row.predictors + at for row, at in zip(rows, starts)]),
+        np.concatenate([row.targets for row in rows]),
+        tuple(segments),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +17,7 @@ from veneer.adapter.algebra import METHODS, Merged, Plan, Term, factors, plan
 from veneer.adapter.algebra import combine as combine_layer
 from veneer.adapter.targets import matches_pattern
 from veneer.base.fingerprint import Fingerprint, mismatch
+from veneer.base.load import pick_device
 from veneer.config import read_yaml
 from veneer.errors import AdapterFormatError, AdapterStateError, ConfigError, WrongBaseError
 from veneer.formats.adapter_file import AdapterFile, Factors, names_of, read_adapter, write_adapter
@@ -110,27 +111,35 @@ def combine(
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
     force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> CombineReport:
     """Combine adapter directories into a new one at `out` (None: compute and report only).
 
     `weights`: one number for each adapter, or {pattern over layer names: numbers}, of which the first that matches
     holds; 1 each when absent. `settings`: rank, space, like, density, gamma, epsilon, scale, seed (`algebra.plan`).
-    The inputs are only read. Raises `ConfigError` (settings), `AdapterFormatError` (damaged, shapes that do not fit, what
-    cannot be combined), `WrongBaseError` (different bases; `force` overrides), `AdapterStateError` (`out` exists).
+    `progress(done, all)` counts layers. The inputs are only read. Raises `ConfigError` (settings), `AdapterFormatError`
+    (damaged, shapes that do not fit, what cannot be combined), `WrongBaseError` (different bases; `force` overrides),
+    `AdapterStateError` (`out` exists).
     """
     chosen = plan(method, **settings)
     out = Path(out) if out is not None else None
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AdapterStateError(f"{out} exists and is not empty: choose another place")
+    if out is not None:
+        check_free(out)
     sources = [read_adapter(path) for path in adapters]
     check_bases(sources, force)
-    result, report = combine_files(sources, chosen, weights, dtype=dtype, device=device)
+    result, report = combine_files(sources, chosen, weights, dtype=dtype, device=device, progress=progress)
     if out is None:
         return report
     result.provenance["combined"]["sources"] = [source_record(source.path) for source in sources]
     write_adapter(result, out)
     return replace(report, path=out)
+
+
+def check_free(out: Path) -> None:
+    """Raise `AdapterStateError` where something stands at `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AdapterStateError(f"{out} exists and is not empty: choose another place")
 
 
 def combine_files(
@@ -140,15 +149,20 @@ def combine_files(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[AdapterFile, CombineReport]:
     """`combine` on adapters in memory, which are not changed; an adapter that lacks a layer adds 0 to it."""
     check_combinable(sources)
     names = list(dict.fromkeys(name for source in sources for name in source.layers))
     by_layer = layer_weights(weights, names, len(sources))
-    place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    place = "cpu" if device == "auto" and not torch.cuda.is_available() else pick_device(device)
+    if place == "mps":
+        raise ConfigError("combining computes in float64, which mps lacks: use device cpu")
     found: dict[str, list[Merged]] = {}
     sums: dict[str, list[factors.Pair]] = {}
-    for name in names:
+    for done, name in enumerate(names):
+        if progress:
+            progress(done, len(names))
         parts = _parts(sources, name, by_layer[name], place)
         found[name], sums[name] = [], []
         for i, terms in enumerate(parts):
@@ -198,7 +212,9 @@ def layer_weights(weights: Weights, names: Sequence[str], count: int) -> dict[st
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values):
             raise ConfigError(f"weights {values!r} are not finite numbers")
         if not any(matches_pattern(pattern, name) for name in names):
-            raise ConfigError(f"weights pattern {pattern!r} matches no layer, first of which is {names[0]}")
+            raise ConfigError(
+                f"weights pattern {pattern!r} matches no layer to its name's end, first of which is {names[0]}"
+            )
     found = {}
     for name in names:
         hit = next((pattern for pattern in patterns if matches_pattern(pattern, name)), None)
@@ -221,7 +237,7 @@ def check_bases(sources: Sequence[AdapterFile], force: bool = False) -> None:
             reason = f"{bases[0]} and {bases[1]}" if all(bases) and bases[0] != bases[1] else None
         if reason:
             raise WrongBaseError(
-                f"{one.path} and {other.path} are of different bases: {reason}; pass force=True (--force) to combine them "
+                f"{one.path} and {other.path} are of different bases: {reason}; pass force=True (--force) to use them "
                 f"all the same"
             )
 
@@ -288,8 +304,12 @@ def _padded(part: Merged, rank: int) -> factors.Pair:
 
 
 def _measured(name: str, pairs: list[factors.Pair], sums: list[factors.Pair], lost: float) -> LayerResult:
+    """A layer's record; what float64 leaves of parts that cancel out counts as 0."""
     distance = math.hypot(*(factors.distance(pair, wanted) for pair, wanted in zip(pairs, sums)))
-    return LayerResult(name, pairs[0][0].shape[0], distance, math.hypot(*map(factors.norm, sums)), lost)
+    size = math.hypot(*map(factors.norm, sums))
+    noise = factors.NEGLIGIBLE * math.hypot(*(float(a.norm() * b.norm()) for a, b in sums))
+    distance, size = (0.0 if value <= noise else value for value in (distance, size))
+    return LayerResult(name, pairs[0][0].shape[0], distance, size, lost)
 
 
 def _fields(sources: Sequence[AdapterFile], names: list[str]) -> dict[str, Any]:

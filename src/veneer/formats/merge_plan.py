@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,15 +73,27 @@ def plan_merge(
     model, keys = map_model(checkpoint, base)
     check_base(model, adapter, force)
     fields, tensors, magnitudes = _without_magnitudes(fields, tensors, adapter)
-    bank = put_on(model, fields, tensors, name="default", trainable=False, source=adapter)
-    bank.activate(None)  # whole modules and biases go back to being the base's own
-    magnitudes = _magnitudes_by_target(magnitudes, bank.layers, adapter)
-    changes = changes_of(model, "default", magnitudes)
+    with one_thread():
+        bank = put_on(model, fields, tensors, name="default", trainable=False, source=adapter)
+        bank.activate(None)  # whole modules and biases go back to being the base's own
+        magnitudes = _magnitudes_by_target(magnitudes, bank.layers, adapter)
+        changes = changes_of(model, "default", magnitudes)
     checkpoint.forget()
     plan = _plan(checkpoint, model, keys, changes, dtype)
     plan.dtype, plan.seed = dtype, seed
     plan.identity = _identity(checkpoint, adapter, dtype, seed)
     return plan
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one core, for many small operations: its threads wait for each other longer than these take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _without_magnitudes(

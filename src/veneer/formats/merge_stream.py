@@ -24,21 +24,20 @@ from veneer.errors import BaseModelError, ConfigError, RunError
 from veneer.formats.merge_plan import MergePlan, NotStreamable, plan_merge
 from veneer.formats.merge_write import PLAN, RoundingError, check_file, write_merge
 from veneer.formats.peft import load_adapter
-from veneer.formats.verify import PROMPTS, LogitError, logit_error, logits
+from veneer.formats.verify import EXACT_FLOAT32, PROMPTS, LogitError, logit_error, logits
 
-TOLERANCE = {"F32": 1e-4, "F64": 1e-4}
-"""Largest logit error over the largest logit that passes, by the merged weights' dtype."""
-TOLERANCE_16 = 0.05
-"""The same for 16-bit weights: rounding them once costs about 1e-2."""
+EXACT_16 = 0.05
+"""Largest logit error over the largest logit that rounding all weights to 16 bits explains; 0.005 on a trained model of
+135 M parameters, and 0.016 with stochastic rounding, but single tokens of small models reach 0.03."""
 
 
 @dataclass(frozen=True)
 class CheckpointMerge:
     """What `merge_checkpoint` wrote and how it was verified.
 
-    `logits` compares the written model with base + adapter, both read anew, and `effect` the base alone with it; without
-    them `rows` sampled rows were compared with the formula and `why` says why no more. `rounding` holds the mean errors of
-    stochastic rounding.
+    `rows` sampled rows agreed with the formula. `logits` compares the written model with base + adapter, both read anew,
+    and `effect` the base alone with it; where there are none, `why` says why. `rounding` holds the mean errors of stochastic
+    rounding.
     """
 
     path: Path
@@ -69,7 +68,7 @@ def merge_checkpoint(
     """Merge an adapter into a safetensors base and write a model directory like the base's, in little memory.
 
     dtype "auto" keeps the base's; `seed` turns on stochastic rounding to bfloat16. The result appears at `out` once it is
-    whole and verified: on `device` by the logits of `prompts` where the model fits into memory, else by sampled rows. Raises
+    whole and verified: by sampled rows, and by the logits of `prompts` on `device` where the model fits into memory. Raises
     `NotStreamable` (take `merge_into_float`), `BaseModelError` (not verified: nothing is written), `ConfigError`,
     `RunError` (disk) and what loading raises.
     """
@@ -131,12 +130,11 @@ def _verify(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Compare what was written with base + adapter; on failure remove it and raise `BaseModelError`."""
+    checked = [check_file(plan, name, partial / name) for name in plan.entries]
+    wrong = next((problem for _, problem in checked if problem), None)
     dtype, why = _fitting_dtype(plan, device)
-    if dtype is None:
-        checked = [check_file(plan, name, partial / name) for name in plan.entries]
-        wrong = next((problem for _, problem in checked if problem), None)
-        found = {"rows": sum(rows for rows, _ in checked), "why": why}
-    else:
+    found = {"rows": sum(rows for rows, _ in checked), "why": why}
+    if dtype is not None and not wrong:
         say("verifying: logits of base + adapter, and of what was written")
         options = {"device": device, "dtype": dtype}
         model, tokenizer = load_base(plan.checkpoint.folder, **options)
@@ -148,8 +146,8 @@ def _verify(
         del model
         model, _ = load_base(partial, **options)
         error = logit_error(logits(model, ids), truth)
-        found = {"logits": error, "effect": logit_error(alone, truth)}
-        limit = min(TOLERANCE.get(code, TOLERANCE_16) for code, _ in _changed_entries(plan))
+        found |= {"logits": error, "effect": logit_error(alone, truth)}
+        limit = _tolerance(plan)
         bad = error.max > limit * max(float(z.abs().max()) for z in truth) or error.max != error.max
         wrong = f"{error}, tolerance {limit:g} of the largest logit" if bad else None
     if wrong:
@@ -158,8 +156,12 @@ def _verify(
     return found
 
 
-def _changed_entries(plan: MergePlan) -> list[tuple[str, tuple[int, ...]]]:
-    return [entry for entries in plan.entries.values() for key, entry in entries.items() if key in plan.changes]
+def _tolerance(plan: MergePlan) -> float:
+    """Largest logit error over the largest logit that passes, by the dtype of what changed."""
+    codes = {entries[key][0] for entries in plan.entries.values() for key in plan.changes if key in entries}
+    if codes <= {"F32", "F64"}:
+        return EXACT_FLOAT32
+    return EXACT_16 if plan.seed is None else 2 * EXACT_16
 
 
 def _fitting_dtype(plan: MergePlan, device: str) -> tuple[torch.dtype | None, str]:

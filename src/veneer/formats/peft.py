@@ -194,15 +194,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterFormatError(f"{file} is damaged or cut short: {error}") from None
 
 
-def check_base(model: nn.Module, path: Path, force: bool) -> None:
-    """Refuse an adapter whose veneer.json names another base; no file, no check."""
+def check_base(model: nn.Module, path: Path, force: bool, mine: Fingerprint | None = None) -> None:
+    """Refuse an adapter whose veneer.json names another base; no file, no check. `mine` spares reading the model."""
     if force or not (path / PROVENANCE).exists():
         return
     base = read_object(path / PROVENANCE).get("base", {})
     if not base.get("fingerprint"):
         return
-    mine = Fingerprint.from_dict(base_record(model)["fingerprint"])
-    reason = mismatch(mine, Fingerprint.from_dict(base["fingerprint"]))
+    reason = mismatch(
+        mine or Fingerprint.from_dict(base_record(model)["fingerprint"]), Fingerprint.from_dict(base["fingerprint"])
+    )
     if reason:
         raise WrongBaseError(
             f"{path} was trained on another base ({base.get('name_or_path') or 'unnamed'}): {reason}; "

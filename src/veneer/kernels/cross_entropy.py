@@ -15,7 +15,7 @@ GPU_CHUNK_BYTES = 256 << 20
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """`veneer.kernels.reference.linear_cross_entropy` for a frozen head.
+    """`veneer.kernels.reference.linear_cross_entropy` for a frozen head, position by position: (N) float32.
 
     The gradient of the hidden states is made in the forward pass, chunk by chunk: ∂L/∂z = softmax(z) − onehot, times
     the derivative of the soft-cap and scale, times W. The head gets no gradient.
@@ -23,7 +23,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, softcap, logit_scale):
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         if hidden.is_cuda and grad is not None:
             return _on_gpu(ctx, hidden, weight, bias, targets, softcap, logit_scale, grad)
@@ -36,7 +36,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             lse = torch.logsumexp(z, -1, keepdim=True)
             there = (targets[part] >= 0).unsqueeze(-1)
             wanted = targets[part].clamp_min(0).unsqueeze(-1)
-            total += ((lse - z.gather(-1, wanted)) * there).sum()
+            losses[part] = ((lse - z.gather(-1, wanted)) * there).squeeze(-1)
             if grad is None:
                 continue
             slope = z.div(softcap).square_().neg_().add_(1) if softcap is not None else None
@@ -46,16 +46,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             p = p.mul_(logit_scale) if logit_scale != 1.0 else p
             grad[part] = p.mul_(there).to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
-        return total
+        return losses
 
     @staticmethod
-    def backward(ctx, grad_total):
+    def backward(ctx, grad_losses):
         (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None, None, None
+        return grad * grad_losses.to(grad.dtype).unsqueeze(-1), None, None, None, None, None
 
 
 def loss_and_slope(z: Tensor, targets: Tensor, softcap: float | None, logit_scale: float) -> tuple[Tensor, Tensor]:
-    """Logits z (N, V) of the head → (Σ −log softmax(z′)[target] in float32, its derivative by z in z's dtype).
+    """Logits z (N, V) of the head → (−log softmax(z′)[target], (N) float32, its derivative by z in z's dtype).
 
     z′ = cap·tanh(c·z/cap), or c·z. Rows with a target below 0 count for nothing.
     """
@@ -63,7 +63,7 @@ def loss_and_slope(z: Tensor, targets: Tensor, softcap: float | None, logit_scal
     capped = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
     lse = torch.logsumexp(capped, -1, keepdim=True)
     there, wanted = (targets >= 0).unsqueeze(-1).float(), targets.clamp_min(0).unsqueeze(-1)
-    loss = ((lse - capped.gather(-1, wanted)) * there).sum()
+    loss = ((lse - capped.gather(-1, wanted)) * there).squeeze(-1)
     onehot = torch.arange(z.shape[-1], device=z.device) == wanted
     slope = (torch.exp(capped - lse) - onehot.float()) * (logit_scale * there)
     if softcap is not None:
@@ -79,14 +79,13 @@ def _on_gpu(ctx, hidden, weight, bias, targets, softcap, logit_scale, grad):
     global _compiled
     _compiled = _compiled or compile_or_plain(loss_and_slope)
     rows = max(1, GPU_CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        loss, slope = _compiled(F.linear(hidden[part], weight, bias), targets[part], softcap, logit_scale)
-        total += loss
+        losses[part], slope = _compiled(F.linear(hidden[part], weight, bias), targets[part], softcap, logit_scale)
         torch.mm(slope, weight, out=grad[part])
     ctx.save_for_backward(grad)
-    return total
+    return losses
 
 
 def linear_cross_entropy(
@@ -97,6 +96,8 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    reduction: str = "sum",
 ) -> Tensor:
     """Fast path of `veneer.kernels.reference.linear_cross_entropy`; `weight` and `bias` get no gradient."""
-    return LinearCrossEntropy.apply(hidden, weight, bias, targets, softcap, logit_scale)
+    losses = LinearCrossEntropy.apply(hidden, weight, bias, targets, softcap, logit_scale)
+    return losses.sum() if reduction == "sum" else losses

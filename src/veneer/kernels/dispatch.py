@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from veneer.kernels import cross_entropy, lora, quantised, reference
+from veneer.kernels import cross_entropy, grouped, lora, quantised, ranges, reference
 from veneer.kernels.quantised import Dequantise
 
 Impl = Literal["auto", "fast", "reference"]
@@ -49,7 +50,7 @@ def quantised_lora_linear(
     impl: Impl = "auto",
 ) -> Tensor:
     """Frozen quantised linear plus one adapter; see `veneer.kernels.reference.quantised_lora_linear`."""
-    fast = _use_fast(impl, not torch.is_autocast_enabled(x.device.type), "autocast chooses dtypes")
+    fast = _use_fast(impl, not _autocast(x), "autocast chooses dtypes")
     return (quantised if fast else reference).quantised_lora_linear(x, dequantise, bias, lora_A, lora_B, scaling)
 
 
@@ -70,15 +71,54 @@ def dora_linear(
     return (lora if fast else reference).dora_linear(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling)
 
 
+def ranged_lora_linear(
+    x: Tensor,
+    weight: ranges.Weight,
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    names: Sequence[str],
+    where: ranges.Ranges,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Frozen linear plus the adapters `names`, each on its own range of the row's tokens; see
+    `veneer.kernels.reference.ranged_lora_linear`. `weight` may be a function that dequantises it."""
+    possible = not torch.is_autocast_enabled(x.device.type)
+    if isinstance(weight, Tensor):
+        possible = possible and not weight.requires_grad and x.dtype == weight.dtype
+    if _use_fast(impl, possible, NOT_FROZEN):
+        return ranges.ranged_lora_linear(x, weight, bias, lora_A, lora_B, scaling, names, where)
+    bounds = [where.bounds[name] for name in names]
+    return reference.ranged_lora_linear(x, weight, bias, lora_A, lora_B, scaling, bounds)
+
+
+def grouped_lora(
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    rows: Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The adapters' updates, each row's own or their sum; see `veneer.kernels.reference.grouped_lora`."""
+    fast = _use_fast(impl, rows is not None and not torch.compiler.is_compiling(), "every row has all adapters")
+    return (grouped if fast else reference).grouped_lora(x, lora_A, lora_B, scaling, rows)
+
+
 NOT_FROZEN = "the weight is trained, has another dtype than x, or autocast chooses dtypes"
 
 
 def _frozen(x: Tensor, weight: Tensor) -> bool:
     """Whether a fused function may take the weight as a constant in x's dtype."""
     plain = torch.compiler.is_compiling()  # the compiler fuses the twin better, and picks what to keep
-    return (
-        not (weight.requires_grad or plain) and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    )
+    return not (weight.requires_grad or plain) and x.dtype == weight.dtype and not _autocast(x)
+
+
+def _autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # which knows no meta device
 
 
 def linear_cross_entropy(
@@ -89,10 +129,12 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    reduction: Literal["sum", "none"] = "sum",
     impl: Impl = "auto",
 ) -> Tensor:
-    """Head and summed loss; see `veneer.kernels.reference.linear_cross_entropy`."""
+    """Head and loss, summed or each position's; see `veneer.kernels.reference.linear_cross_entropy`."""
     possible = not weight.requires_grad and (bias is None or not bias.requires_grad) and hidden.dtype == weight.dtype
     fast = _use_fast(impl, possible, "the head is trained or has another dtype than the hidden states")
     module = cross_entropy if fast else reference
-    return module.linear_cross_entropy(hidden, weight, bias, targets, softcap=softcap, logit_scale=logit_scale)
+    options = {"softcap": softcap, "logit_scale": logit_scale, "reduction": reduction}
+    return module.linear_cross_entropy(hidden, weight, bias, targets, **options)

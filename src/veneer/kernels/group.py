@@ -26,10 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.kernels import reference
+from veneer.kernels.operators import define
 from veneer.kernels.unpack import unpack
-
-_library = torch.library.Library("veneer", "FRAGMENT")
-_library.define("append_product(Tensor(a!) wide, Tensor matrix) -> Tensor")
 
 
 def append_product(wide: Tensor, matrix: Tensor) -> Tensor:
@@ -42,12 +40,15 @@ def append_product(wide: Tensor, matrix: Tensor) -> Tensor:
     return product
 
 
-_library.impl("append_product", append_product, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("veneer::append_product")
-def _(wide: Tensor, matrix: Tensor) -> Tensor:
+def _shape_only(wide: Tensor, matrix: Tensor) -> Tensor:
     return wide.new_empty(wide.shape[0], matrix.shape[0])
+
+
+define(
+    "append_product(Tensor(a!) wide, Tensor matrix) -> Tensor",
+    {"CompositeExplicitAutograd": append_product},
+    _shape_only,
+)
 
 
 def packed_size(sizes: Sequence[int], ranks: Sequence[int], width: int) -> tuple[int, int]:

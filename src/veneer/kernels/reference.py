@@ -75,6 +75,28 @@ def grouped_lora(
     return update
 
 
+def ranged_lora_linear(
+    x: Tensor,
+    weight: Tensor | Callable[[torch.dtype], Tensor],
+    bias: Tensor | None,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Sequence[float],
+    bounds: Sequence[tuple[int, int]],
+) -> Tensor:
+    """y[t,o] = Σ_i x[t,i] W[o,i] + bias[o] + s_n Σ_r (Σ_i x[t,i] A_n[r,i]) B_n[o,r] for t in [start_n, end_n).
+
+    x (…, T, I) whose leading dimensions are 1, lora_A[n] (R_n, I), lora_B[n] (O, R_n); the ranges `bounds` do not
+    overlap, and a token in none of them has the frozen linear alone. The result is (…, T, O) in x's dtype.
+    """
+    weight = weight if isinstance(weight, Tensor) else weight(x.dtype).detach()
+    y, at = F.linear(x, weight, bias), torch.arange(x.shape[-2], device=x.device).unsqueeze(-1)
+    for a, b, s, (start, end) in zip(lora_A, lora_B, scaling, bounds):
+        update = s * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        y = y + torch.where((at >= start) & (at < end), update, torch.zeros_like(update))
+    return y
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -83,13 +105,14 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    reduction: str = "sum",
 ) -> Tensor:
     """Σ_n −log softmax(z[n])[targets[n]] with z = cap·tanh(c·(hidden Wᵀ + bias)/cap), or c·(hidden Wᵀ + bias).
 
     hidden (N, I), weight (V, I), bias (V) or None, targets (N) int64; below 0 they count for nothing. Returns the float32
-    sum (not the mean).
+    sum (not the mean), or with reduction "none" each position's part (N).
     """
     logits = F.linear(hidden, weight, bias).float() * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets.clamp_min(-1), ignore_index=-1, reduction="sum")
+    return F.cross_entropy(logits, targets.clamp_min(-1), ignore_index=-1, reduction=reduction)

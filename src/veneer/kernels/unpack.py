@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.dequantise import blockwise4_weight
+from veneer.kernels.operators import define
 
 SHARED = 4
 """A source starts with side (O, R), bottom (R, I), code (16) and nested_code (256); lists by linear follow."""
 
-_library = torch.library.Library("veneer", "FRAGMENT")
-_library.define(
+UNPACK4 = (
     "unpack4(Tensor side, Tensor bottom, Tensor code, Tensor nested_code, Tensor[] packed, Tensor[] absmax, "
     "Tensor[] nested, Tensor[] offset, bool again) -> Tensor"
 )
@@ -75,10 +75,8 @@ def unpack_gpu(side, bottom, code, nested_code, packed, absmax, nested, offset, 
     return out
 
 
-_library.impl("unpack4", unpack_plain, "CPU")
-_library.impl("unpack4", unpack_gpu, "CUDA")
-
-
-@torch.library.register_fake("veneer::unpack4")
-def _(side, bottom, code, nested_code, packed, absmax, nested, offset, again) -> Tensor:
+def _shape_only(side, bottom, code, nested_code, packed, absmax, nested, offset, again) -> Tensor:
     return side.new_empty(side.shape[0] + side.shape[1], bottom.shape[1] + side.shape[1])
+
+
+define(UNPACK4, {"CPU": unpack_plain, "CUDA": unpack_gpu}, _shape_only)

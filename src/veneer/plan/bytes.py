@@ -6,6 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil, prod
+from typing import TYPE_CHECKING
+
+from veneer.plan import constants
+
+if TYPE_CHECKING:
+    from veneer.plan.profile import Block, Profile
 
 NF4_BLOCK, NF4_BLOCKS = 64, 256
 """Numbers that share a scale, and scales that share a scale of their own (QLoRA, arXiv:2305.14314, section 3)."""
@@ -70,3 +76,219 @@ def safetensors_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadat
         offset = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + ceil(length / 8) * 8 + offset
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a step. `micro_tokens` are those of a row, in sequences of `sequence`; `tokens` those of a step.
+
+    `dial` is train.checkpointing, `stream` where the frozen blocks live: off (on the device), host or disk.
+    """
+
+    quant: str
+    dial: str
+    micro_tokens: int
+    sequence: int
+    tokens: int
+    optimizer: str = "adamw"
+    compile: bool = False
+    stream: str = "off"
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        return max(1, ceil(self.tokens / self.micro_tokens))
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a step needs at its peak. `allocated` is the sum of the parts, `reserved` what the allocator takes for
+    it, `total` that and what the device or process holds besides. `host` is host memory beside a GPU (else 0)."""
+
+    base: float
+    adapter: float
+    gradients: float
+    optimizer: float
+    kept: float
+    work: float
+    head: float
+    workspace: float
+    slack: float
+    context: float
+    host: float
+    at: str
+
+    @property
+    def allocated(self) -> float:
+        return (
+            self.base
+            + self.adapter
+            + self.gradients
+            + self.optimizer
+            + self.kept
+            + self.work
+            + self.head
+            + self.workspace
+        )
+
+    @property
+    def reserved(self) -> float:
+        return self.allocated + self.slack
+
+    @property
+    def total(self) -> float:
+        return self.reserved + self.context
+
+    def as_dict(self) -> dict[str, int | str]:
+        values = asdict(self) | {"allocated": self.allocated, "reserved": self.reserved, "total": self.total}
+        return {key: value if isinstance(value, str) else round(value) for key, value in values.items()}
+
+
+def packed(numbers: int, quant: str, each: int) -> float:
+    """A matrix of so many numbers as `quant` holds it (none: `each` bytes a number). int8 has a float32 for each row,
+    here taken as one for 4096 numbers; the 4-bit ones but nf4 and fp4 a scale and a zero of 2 bytes for 64."""
+    if quant == "none":
+        return numbers * each
+    if quant in ("nf4", "fp4"):
+        return nf4(numbers)
+    return numbers * (1 + 4 / 4096) if quant.startswith("int8") else numbers * (0.5 + 4 / 64)
+
+
+def unpacked(numbers: int, quant: str, each: int) -> float:
+    """What a linear makes for a moment of its quantised weight: a float copy, and for int8 one more on the way; NF4's
+    block scales in float32 besides."""
+    if quant == "none":
+        return 0.0
+    copies = 2 if quant.startswith("int8") else 1
+    return numbers * each * copies + (FLOAT32 * numbers / NF4_BLOCK if quant in ("nf4", "fp4") else 0)
+
+
+def modes_of(dial: str, blocks: int) -> list[str]:
+    """A mode for each block, as `training.accelerate.spread` gives it."""
+    if dial == "mixed":
+        return ["offload" if i % 7 in (1, 4) else "recompute-offload" for i in range(blocks)]
+    return [dial] * blocks
+
+
+def block_bytes(block: Block, quant: str, each: int) -> float:
+    """The frozen weights of one block."""
+    return sum(packed(n, quant, each) for n in block.linears) + block.other * each
+
+
+def base_bytes(profile: Profile, setting: Setting) -> float:
+    """The frozen weights on the device. Of a streamed base a few blocks and two pieces of the head are."""
+    each = profile.dtype_bytes
+    blocks = [block_bytes(block, setting.quant, each) for block in profile.blocks]
+    if setting.stream == "off":
+        return sum(blocks) + (profile.embedding + profile.head + profile.rest) * each
+    head = (profile.head or profile.embedding) * each
+    buffers = min(constants.STREAM_BUFFERS, len(blocks)) * max(blocks)
+    return buffers + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
+
+
+def optimizer_bytes(profile: Profile, optimizer: str) -> tuple[float, float]:
+    """AdamW's moments on the device and in host memory: float32 ones, or 8-bit ones with a float32 for 256 of them."""
+    eight = "8bit" in optimizer
+    states = MOMENTS * profile.trained * (1 + 4 / 256 if eight else FLOAT32)
+    return (0.0, states) if optimizer.startswith("paged") else (states, 0.0)
+
+
+def chunk_bytes(vocabulary: int, tokens: int, each: int, cuda: bool) -> float:
+    """Logits and their gradients of the loss: one chunk of each, and where there are several the last one's gradients."""
+    limit, each = (constants.GPU_CHUNK, each) if cuda else (constants.CPU_CHUNK, FLOAT32)
+    rows = max(1, limit // (each * vocabulary))
+    full, rest = divmod(tokens, rows)
+    chunks = [rows] * min(full, 2) + [rest] * (rest > 0)
+    return max(before + 2 * own for before, own in zip([0, *chunks], chunks)) * vocabulary * each
+
+
+def streamed_chunk_bytes(hidden: int, vocabulary: int, tokens: int, each: int) -> float:
+    """The same where the head comes in pieces: a piece's logits, their gradients and float32 between them, and a running
+    sum of the size of the hidden states in float32."""
+    columns, rows = (
+        min(vocabulary, constants.STREAM_HEAD_CHUNK // (hidden * each)),
+        min(tokens, constants.STREAM_HEAD_ROWS),
+    )
+    return rows * (columns * 2 * each + hidden * 2 * FLOAT32)
+
+
+def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[float, float]:
+    """What a block keeps for its backward pass after its forward pass, in bytes: on the device, and in host memory."""
+    if mode.startswith("recompute"):
+        kept = block.inputs(tokens)
+    else:
+        share = constants.SELECTIVE if mode != "keep" else 1.0
+        kept = block.compiled(tokens) * share if compiled else block.kept(tokens)
+    if not mode.endswith("offload"):
+        return kept, 0.0
+    if mode == "recompute-offload" or compiled:
+        return (kept, 0.0) if block.inputs(tokens) < constants.SMALL else (0.0, kept)
+    sizes = [each * tokens for each in block.parcels]
+    sent = sum(size for size in sizes if size >= constants.SMALL)
+    return kept * (1 - sent / max(1.0, sum(sizes))), sent
+
+
+def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
+    """The most that a block needs while it runs, over what was there before it: all that it keeps, temporaries, the
+    gradient of its output, and the float copy of a quantised weight."""
+    tokens = setting.micro_tokens
+    most = max(block.backward_peak(tokens), block.forward_peak(tokens))
+    if mode.startswith("recompute"):
+        most = max(most, block.forward_peak(tokens) + block.inputs(tokens))
+    if setting.compile:
+        saved = block.compiled(tokens) * (constants.SELECTIVE if mode in ("selective", "offload") else 1.0)
+        most = saved + (most - block.kept(tokens)) * constants.COMPILED_WORK
+    return most + max((unpacked(n, setting.quant, each) for n in block.linears), default=0.0)
+
+
+def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: float | None = None) -> Need:
+    """The peak of a step: the most of all blocks' turns and of the loss. `context` is what a device (or, without CUDA, a
+    process) holds besides; absent: the measured default."""
+    each, tokens = profile.dtype_bytes, setting.micro_tokens
+    modes = modes_of(
+        "recompute" if setting.stream != "off" and setting.dial == "keep" else setting.dial, len(profile.blocks)
+    )
+    rows = setting.rows if setting.stream != "off" else 1  # all rows of a step pass through a block before the next
+    here, away, peaks = profile.embed_kept(tokens) * rows, 0.0, []
+    last: list[float] = []
+    known: dict[tuple[int, str], tuple[float, float, float]] = {}
+    for block, mode in zip(profile.blocks, modes):
+        if (key := (id(block), mode)) not in known:
+            work = work_bytes(block, mode, setting, each)
+            known[key] = *kept_bytes(block, mode, tokens, setting.compile), work
+        kept, sent, work = known[key]
+        travelling = sum(last[-constants.AHEAD + 1 :]) * rows
+        peaks.append((here + travelling, work, 0.0, "a block's backward pass"))
+        here, away = here + kept * rows, away + sent * rows
+        here += 0.0 if cuda else sent * rows  # the host's memory is the device's, and holds both copies
+        last.append(sent)
+    left = here + sum(last[-constants.AHEAD :]) * rows
+    chunk = chunk_bytes(profile.vocabulary, tokens, each, cuda)
+    if setting.stream != "off":
+        chunk = streamed_chunk_bytes(profile.hidden, profile.vocabulary, tokens, each)
+    peaks.append((left, profile.head_end(tokens), chunk, "the loss"))
+    peaks.append((left, max(profile.head_peak(tokens), profile.tail_peak(tokens)), 0.0, "the final norm"))
+    kept, work, head, at = max(peaks, key=lambda peak: sum(peak[:3]))
+    moments, paged = optimizer_bytes(profile, setting.optimizer)
+    parts = {
+        "base": base_bytes(profile, setting),
+        "adapter": profile.adapter_bytes,
+        "gradients": profile.trained_bytes,
+        "optimizer": moments,
+        "kept": kept,
+        "work": work,
+        "head": head,
+        "workspace": constants.WORKSPACE if cuda else 0.0,
+    }
+    slack = sum(parts.values()) * (constants.RESERVED if cuda else 0.0)
+    if not cuda:
+        slack = constants.HOST_SLACK * sum(value for key, value in parts.items() if key not in ("base", "adapter"))
+    besides = context if context is not None else constants.CONTEXT if cuda else constants.HOST_BASELINE
+    streamed = (
+        sum(block_bytes(b, setting.quant, each) for b in profile.blocks) + (profile.embedding + profile.head) * each
+    )
+    resident = streamed if setting.stream == "host" else 0.0
+    if not cuda:
+        parts["base"] += resident
+    host = constants.HOST_RUN + away * constants.PINNED + paged + resident if cuda else 0.0
+    return Need(**parts, slack=slack, context=besides, host=host, at=at)

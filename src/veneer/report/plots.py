@@ -111,9 +111,14 @@ def _columns(points: Points) -> tuple[list[int], list[float]]:
 
 
 def svg(
-    title: str, x_label: str, y_label: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.0, 2.3)
+    title: str,
+    x_label: str,
+    y_label: str,
+    draw: Callable[[Axes], None],
+    size: tuple[float, float] = (5.0, 2.3),
+    whole_steps: bool = True,
 ) -> str:
-    """One pair of axes that `draw` fills, as inline SVG; the horizontal one counts."""
+    """One pair of axes that `draw` fills, as inline SVG; the horizontal one counts, unless `whole_steps` is off."""
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 12}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
@@ -122,7 +127,8 @@ def svg(
         draw(axes)
         axes.set_xlabel(x_label, color=NEUTRAL)
         axes.set_ylabel(y_label, color=NEUTRAL)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        if whole_steps:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axes.tick_params(which="both", colors=NEUTRAL)
         axes.yaxis.get_offset_text().set_color(NEUTRAL)
         axes.grid(color=NEUTRAL, alpha=0.12, linewidth=0.8)

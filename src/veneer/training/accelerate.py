@@ -59,7 +59,8 @@ def draws_random(model: nn.Module) -> bool:
 class Accelerated:
     """A context in which a model's repeated blocks are compiled and keep what the dial says for the backward pass.
 
-    `modes` is one word of the dial, or a mode for each block. `dynamic` says that inputs differ in length. Each block
+    `modes` is one word of the dial, or a mode for each block. `dynamic` says that inputs differ in length, `device` where it
+    computes (absent: where its first parameter is), `packs` whether linears of one input may be packed. Each block
     instance gets another `forward` while the context lasts; no class is changed. On Hopper GPUs attention prefers
     cuDNN's kernels.
     """
@@ -72,19 +73,21 @@ class Accelerated:
         compile: bool = True,
         dynamic: bool = True,
         note: Callable[[str], None] = print,
+        device: torch.device | None = None,
+        packs: bool = True,
     ) -> None:
         self.blocks = repeated_blocks(model)
         self.modes = spread(modes, len(self.blocks)) if isinstance(modes, str) else list(modes)
         self.compile, self.dynamic, self.note = compile, dynamic, note
-        self.device, self.random = next(model.parameters()).device, draws_random(model)
-        self.model, self.packing = model, Packing()
+        self.device, self.random = device or next(model.parameters()).device, draws_random(model)
+        self.model, self.packing, self.packs = model, Packing(), packs
         self.store = Store(model.parameters(), self.device)
         self._stack = ExitStack()
 
     def __enter__(self) -> Accelerated:
         for block, mode in zip(self.blocks, self.modes, strict=True):
             block.forward = self._wrapped(block.forward, mode)
-        if self.compile and self.blocks:
+        if self.compile and self.packs and self.blocks:
             self.blocks[0].forward = self._packing_first(self.blocks[0].forward)
         if self.device.type == "cuda":
             hopper = torch.cuda.get_device_capability(self.device) >= (9, 0)

@@ -23,6 +23,7 @@ from veneer.base.load import load_base, pick_device, pick_dtype
 from veneer.config import AdapterConfig, OptimConfig
 from veneer.data.example import TokenizedExample
 from veneer.errors import BaseModelError, ConfigError
+from veneer.plan.probe import matmul_rate as matmul_rate
 from veneer.training.accelerate import Accelerated, use_compile
 from veneer.training.flat import FlatOptimizer
 from veneer.training.forward import RowModel
@@ -62,21 +63,6 @@ def open_model(name: str, device: str, dtype: Any, quant: str | None) -> nn.Modu
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=pick_dtype(dtype, place))
         return model.requires_grad_(False)
     return load_base(name, device=device, dtype=dtype, quant=quant)[0]
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of a large product on random data in this dtype, kept up for some time."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    a @ b
-    _wait(device)
-    began, count = time.perf_counter(), 0
-    while (took := time.perf_counter() - began) < seconds:
-        for _ in range(4):
-            a @ b
-        _wait(device)
-        count += 4
-    return 2 * n**3 * count / took
 
 
 def step_flops(model: nn.Module, tokens: int) -> float:

@@ -1,26 +1,5 @@
-"""A model's repeated blocks, found by structure."""
+"""A model's repeated blocks; they live with the adapter, as a plan needs them too."""
 
-from __future__ import annotations
+from veneer.adapter.blocks import repeated_blocks
 
-from torch import nn
-
-from veneer.adapter.layers import AdaptedModule
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a model repeats, in order: the items of its module lists of one class that hold adapted layers.
-
-    A list inside a block (experts, say) is part of that block.
-    """
-    found: list[nn.Module] = []
-    inside: set[int] = set()
-    for module in model.modules():
-        if id(module) in inside or not isinstance(module, nn.ModuleList) or len(module) < 2:
-            continue
-        if len({type(block) for block in module}) > 1:
-            continue
-        if not any(isinstance(part, AdaptedModule) for block in module for part in block.modules()):
-            continue
-        found += list(module)
-        inside |= {id(part) for block in module for part in block.modules()}
-    return found
+__all__ = ["repeated_blocks"]

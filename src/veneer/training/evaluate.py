@@ -21,9 +21,9 @@ def heldout_loss(rows: RowModel, data: Sequence[TokenizedExample], max_tokens: i
         end = min(len(data), limit or len(data))
         for start in range(0, end, CHUNK):
             examples = [data[i] for i in range(start, min(start + CHUNK, end))]
-            for row in rows.pack(examples, max_tokens, True):
-                with rows.row(row) as loss:
-                    total += float(loss)
+            packed = rows.pack(examples, max_tokens, True)
+            for row, loss in zip(packed, rows.losses(packed), strict=True):
+                total += float(loss)
                 count += len(row.targets)
     model.train(training)
     return total / max(1, count)

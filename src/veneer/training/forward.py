@@ -21,6 +21,7 @@ from veneer.errors import BaseModelError
 from veneer.kernels import dispatch
 from veneer.kernels.attention import Layout, has_varlen, layout_attention, packed_attention
 from veneer.kernels.cross_entropy import CHUNK_BYTES
+from veneer.training.lower import Start
 
 ATTENTION = "veneer_packed"
 # The segments of the row now in work. One slot for the process, not a context variable: with checkpointing, blocks are
@@ -75,14 +76,18 @@ class RowModel:
     give the same answer with them.
     """
 
-    def __init__(self, model: nn.Module, *, packing: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, packing: bool = True, place: tuple[torch.device, torch.dtype] | None = None
+    ) -> None:
+        """`place` is where the model computes and in which dtype; absent: as its first parameter."""
         if output_head(model) is None:
             raise BaseModelError(f"{type(model).__name__} has no output head: Veneer trains causal language models")
         self.model, self.head = model, Head.of(model)
+        weight = next(model.parameters())
+        self.device, self.dtype = place or (weight.device, weight.dtype)
         self.packing = packing and bool(getattr(model, "_supports_attention_backend", False))
         self.fast_head = True
-        weight = next(model.parameters())
-        self.varlen = weight.is_cuda and weight.dtype != torch.float32 and has_varlen()
+        self.varlen = self.device.type == "cuda" and self.dtype != torch.float32 and has_varlen()
         self.notes: list[str] = []
         bank = model.__dict__.get(BANK)
         if self.packing and bank is not None and bank.routing.tokens:
@@ -93,17 +98,32 @@ class RowModel:
 
     def loss(self, row: Row) -> Tensor:
         """Summed cross-entropy over the row's targets, a float32 scalar."""
-        device = next(self.model.parameters()).device
+        return self.row_losses(row, "sum")
+
+    def row_losses(self, row: Row, reduction: str = "none", start: Start | None = None) -> Tensor:
+        """Cross-entropy at each of the row's N targets, (N) float32; with reduction "sum" their sum.
+
+        `start`: read these tokens in the row's place, which the model is made to turn into the row's on the way.
+        """
+        read = row if start is None else start.row
         tensors = tuple(
-            torch.from_numpy(part).to(device) for part in (row.input_ids, row.position_ids, row.predictors, row.targets)
+            torch.from_numpy(part).to(self.device)
+            for part in (read.input_ids, read.position_ids, row.predictors, row.targets)
         )
-        layout = Layout.of(segments_of(row), device) if self.packing and self.varlen else None
-        return self.tensor_loss(*tensors, layout, len(row.segments) > 1)
+        layout = Layout.of(segments_of(read), self.device) if self.packing and self.varlen else None
+        return self.tensor_loss(*tensors, layout, len(row.segments) > 1, reduction)
 
     def tensor_loss(
-        self, ids: Tensor, positions: Tensor, predictors: Tensor, targets: Tensor, layout: Layout | None, packed: bool
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        predictors: Tensor,
+        targets: Tensor,
+        layout: Layout | None,
+        packed: bool,
+        reduction: str = "sum",
     ) -> Tensor:
-        """`loss` of a row's tensors. Targets below 0 count for nothing."""
+        """`losses` of a row's tensors. Targets below 0 count for nothing."""
         inputs = {"input_ids": ids[None], "use_cache": False}
         if packed:
             inputs["position_ids"] = positions[None]
@@ -111,33 +131,56 @@ class RowModel:
             inputs["veneer_layout"] = layout
         if not self.fast_head:
             logits = self.model(**inputs).logits[0, predictors].float()
-            return F.cross_entropy(logits, targets, reduction="sum")
+            return F.cross_entropy(logits, targets, reduction=reduction)
         hidden = self.model.base_model(**inputs).last_hidden_state[0].index_select(0, predictors)
-        return self._head_loss(hidden, targets)
+        return self._head_loss(hidden, targets, reduction)
 
-    def _head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _head_loss(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         head = output_head(self.model)
         if type(head) is nn.Linear and not head.weight.requires_grad:
-            options = {"softcap": self.head.softcap, "logit_scale": self.head.scale}
+            options = {"softcap": self.head.softcap, "logit_scale": self.head.scale, "reduction": reduction}
             return dispatch.linear_cross_entropy(hidden, head.weight, head.bias, targets, **options)
         rows = max(1, CHUNK_BYTES // (4 * head.out_features))
         parts = zip(hidden.split(rows), targets.split(rows))
-        return sum(checkpoint(self._plain_loss, head, h, t, use_reentrant=False) for h, t in parts)
+        losses = [checkpoint(self._plain_loss, head, h, t, reduction, use_reentrant=False) for h, t in parts]
+        return sum(losses) if reduction == "sum" else torch.cat(losses)
 
-    def _plain_loss(self, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _plain_loss(self, head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         logits = head(hidden).float() * self.head.scale
         if self.head.softcap is not None:
             logits = self.head.softcap * torch.tanh(logits / self.head.softcap)
-        return F.cross_entropy(logits, targets, reduction="sum")
+        return F.cross_entropy(logits, targets, reduction=reduction)
 
     @contextmanager
-    def row(self, row: Row) -> Iterator[Tensor]:
-        """The row's loss, with its segments in force for the forward pass and for a backward inside the block."""
+    def in_force(self, row: Row) -> Iterator[None]:
+        """The row's segments for whatever attention runs inside the block."""
         _current["segments"] = segments_of(row)
         try:
-            yield self.loss(row)
+            yield
         finally:
             _current.clear()
+
+    @contextmanager
+    def row(self, row: Row, reduction: str = "sum", start: Start | None = None) -> Iterator[Tensor]:
+        """The row's loss (or losses), its segments in force for the forward pass and a backward inside the block.
+
+        `start`: the tokens that the row has in several copies, for blocks in which they are the same.
+        """
+        with self.in_force(row if start is None else start.row):
+            if start is None:
+                yield self.row_losses(row, reduction)
+            else:
+                whole = segments_of(row)
+                layout = Layout.of(whole, self.device) if self.varlen else None
+                with start.spreading(_current["segments"], whole, layout):
+                    losses = self.row_losses(row, reduction, start)
+                yield losses
+
+    def losses(self, rows: Sequence[Row]) -> Iterator[Tensor]:
+        """The loss of each row, without gradients."""
+        for row in rows:
+            with torch.no_grad(), self.row(row) as loss:
+                yield loss
 
     @contextmanager
     def attention(self) -> Iterator[None]:
@@ -166,7 +209,7 @@ class RowModel:
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
-            plain = float(sum(_plain(self.model, example) for example in few))
+            plain = float(sum(_plain(self.model, example, self.device) for example in few))
             if self._differs(plain, pack(few, 1, packing=False)):
                 self.fast_head = False
                 self.notes.append("the model's logits are not its head times its hidden states: full logits are made")
@@ -190,16 +233,12 @@ class RowModel:
         self.notes.append(f"packing is off: {reason}")
 
     def _differs(self, plain: float, rows: Sequence[Row]) -> bool:
-        total = 0.0
-        for row in rows:
-            with self.row(row) as loss:
-                total += float(loss)
-        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 3e-2
+        total = float(sum(self.losses(rows)))
+        tolerance = 1e-3 if self.dtype == torch.float32 else 3e-2
         return not abs(total - plain) <= tolerance * max(1.0, abs(plain))
 
 
-def _plain(model: nn.Module, example: TokenizedExample) -> Tensor:
-    device = next(model.parameters()).device
+def _plain(model: nn.Module, example: TokenizedExample, device: torch.device) -> Tensor:
     ids = torch.from_numpy(example.input_ids.astype(np.int64)).to(device)
     where = torch.from_numpy(np.flatnonzero(example.supervised[1:])).to(device)
     logits = model(input_ids=ids[None], use_cache=False).logits[0]

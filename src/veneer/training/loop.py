@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from veneer.adapter.attach import attach_blank, get_bank
 from veneer.adapter.init import COMPUTED
@@ -23,18 +19,20 @@ from veneer.adapter.invocation import acting_tokens
 from veneer.adapter.report import AttachReport
 from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
+from veneer.data.pack import Row
 from veneer.errors import DataError, RunError, TrainingDiverged, VeneerError
 from veneer.files import write_text
 from veneer.formats.peft import read_tensors, save_adapter
-from veneer.training.accelerate import Accelerated, use_compile
+from veneer.plan.fit import Plan
+from veneer.training import budget
 from veneer.training.adalora import AdaLora, phases
 from veneer.training.evaluate import heldout_loss
 from veneer.training.flat import FlatOptimizer
-from veneer.training.forward import RowModel
-from veneer.training.graphs import RowGraphs
+from veneer.training.gradients import Gradients
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
+from veneer.training.signals import Interrupt
 from veneer.training.state import (
     Progress,
     Trained,
@@ -45,6 +43,7 @@ from veneer.training.state import (
     saved_rows,
     tidy,
 )
+from veneer.training.streamed import check_adapters
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -63,22 +62,43 @@ class RunResult:
     stopped: str
 
 
-class Trainer:
-    """Trains one adapter as a `TrainConfig` says.
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on: examples and their rows, how many supervised tokens, the seed of dropout, when it began."""
 
-    `observe` is called with each record that metrics.jsonl gets, and with {"type": "note", "text": …}. After `run`, the
-    adapted model is in `model` and its tokenizer in `tokenizer`.
+    indices: list[int]
+    examples: list[TokenizedExample]
+    rows: list[Row]
+    supervised: int
+    seed: int
+    began: float
+
+
+class Trainer:
+    """Trains one adapter as a `TrainConfig` says, under `name` in the model's bank.
+
+    `setup` is a base and data that are loaded already. `observe` is called with each record that metrics.jsonl gets, and
+    with {"type": "note", "text": …}. After `run`, the adapted model is in `model` and its tokenizer in `tokenizer`.
     """
 
-    def __init__(self, config: TrainConfig, *, observe: Observer | None = None) -> None:
-        self.config, self.observe = config, observe or (lambda record: None)
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        observe: Observer | None = None,
+        name: str = "default",
+        setup: Setup | None = None,
+    ) -> None:
+        self.config, self.observe, self.name = config, observe or (lambda record: None), name
         self.out = Path(config.out)
-        self.setup: Setup | None = None
-        self._interrupted = 0
+        self.setup = setup
+        self.plan: Plan | None = None
+        self._interrupted: Interrupt | int = Interrupt()
 
     def validate(self) -> Setup:
         """Load the base and the data and check everything that can be checked without training."""
         if self.setup is None:
+            self.config, self.plan = budget.choose(self.config, self._note)
             self.setup = prepare_run(self.config, self._note)
             if self.config.adapter.adalora is not None:
                 phases(self.config.adapter.adalora, self.setup.total_steps(self.config.train))
@@ -104,8 +124,19 @@ class Trainer:
         Raises `RunError` (directory in use or not resumable, disk full), `TrainingDiverged` (the loss is NaN or
         infinite; the batch is kept in bad_batch.json), and what loading and data raise.
         """
+        setup, state = self._open(resume)
+        try:
+            with self._interrupted, self.gradients.running():
+                return self._steps(setup, state)
+        finally:
+            self.metrics.close()
+
+    def _open(self, resume: bool) -> tuple[Setup, Progress]:
+        """Everything up to the first step: directory, data, adapter, checkpoint, metrics."""
         start_directory(self.out, resume)
         tidy(self.out)
+        if resume:
+            self.config = budget.adopt(self.config, self.out)
         setup = self.validate()
         if resume:
             check_resumable(self.out, self.config, setup)
@@ -115,46 +146,49 @@ class Trainer:
             self._write_start(setup)
         self.metrics = MetricsLog(self.out, list(self.config.train.log_to))
         self.metrics.truncate_after(state.step)
-        try:
-            with self._signals(), self.rows.attention(), self.fast:
-                return self._steps(setup, state)
-        finally:
-            self.metrics.close()
+        return setup, state
 
     def _attach(self, setup: Setup, resume: bool) -> None:
         torch.manual_seed(self.config.seed)
         rows = saved_rows(self.out) if resume and self.config.adapter.init in COMPUTED else None
         if rows is None:
-            setup.attach(self.config)
+            setup.attach(self.config, self.name)
         else:
-            attach_blank(setup.model, self.config.adapter, rows, tokenizer=setup.tokenizer)
+            attach_blank(setup.model, self.config.adapter, rows, name=self.name, tokenizer=setup.tokenizer)
         bank = self.bank = get_bank(setup.model)
+        streamed = self.config.train.stream != "off"
+        if streamed:
+            check_adapters(setup.model)
+            setup.model.veneer_stream.settle()  # the adapter's factors were made beside the weights, on the host
         self.adalora = None
         if (adalora := self.config.adapter.adalora) is not None:
-            self.adalora = AdaLora(bank, "default", adalora, setup.total_steps(self.config.train), self.config.seed)
+            self.adalora = AdaLora(bank, self.name, adalora, setup.total_steps(self.config.train), self.config.seed)
             if (times := self.adalora.allocations()) < 20:
                 self._note(f"warning: AdaLoRA allocates ranks in only {times} steps, too few to know which matter")
-        self.parameters = self.adalora.parameters() if self.adalora else bank.parameters("default")
-        self.report: AttachReport = bank.report()
+        self.parameters = self.adalora.parameters() if self.adalora else bank.parameters(self.name)
+        self.report: AttachReport = bank.report(self.name)
         self._note(str(self.report))
-        if (invocation := bank.entries["default"].config.invocation) is not None:
+        if (invocation := bank.entries[self.name].config.invocation) is not None:
             self._check_invocation(setup, invocation)
         embeddings = [path for path, layer in bank.layers.items() if isinstance(layer.base_layer, torch.nn.Embedding)]
         self.optimizer = FlatOptimizer(self.parameters, self.config.train, embeddings)
-        self.trained = Trained(setup.model, self.optimizer, self.adalora)
-        self.rows = RowModel(setup.model, packing=self.config.train.pack != "off")
-        few = [setup.train[i] for i in range(min(8, len(setup.train)))]
-        self.rows.check(few, required=self.config.train.pack == "on")
-        for note in self.rows.notes:
-            self._note(note)
-        self.fast = Accelerated(
-            setup.model,
-            modes=self.config.train.checkpointing,
-            compile=use_compile(self.config.train.compile, next(setup.model.parameters()).device),
-            note=self._note,
-        )
-        self.graphs = RowGraphs(self.rows, self.fast, self.config.train, self._note)
+        self.trained = Trained(setup.model, self.optimizer, self.adalora, self.name)
+        self._ready(setup)
         setup.model.train()
+
+    def _ready(self, setup: Setup) -> None:
+        """How rows go through the model, how fast, and within what memory."""
+        self.gradients = Gradients(setup, self.config, self.plan, self.optimizer, self._note, lambda: self._interrupted)
+
+    @property
+    def rows(self) -> Any:
+        """How rows go through the model (`RowModel`)."""
+        return self.gradients.rows
+
+    @property
+    def row_tokens(self) -> int:
+        """The most tokens of a row."""
+        return self.gradients.row_tokens
 
     def _check_invocation(self, setup: Setup, invocation: list[int]) -> None:
         """An activated adapter learns nothing from an example without its invocation: say how many there are."""
@@ -197,18 +231,25 @@ class Trainer:
         warmup = warmup_steps(options.warmup, total)
         started = time.monotonic() - state.seconds
         self.observe({"type": "start", "step": state.step, "total_steps": total})
+        if state.step >= total or state.stopped_early:
+            self._note("the run had ended: there is no step left to train")
         while state.step < total and not state.stopped_early and not self._interrupted:
             set_lr(self.optimizer, options.lr * lr_factor(state.step + 1, total, warmup, options.schedule))
             record = self._step(setup, state, total)
             if record is None:
                 break
             loss, state.seconds = record["loss"], time.monotonic() - started
-            self._log(record)
-            if self._due(options.eval_every or setup.steps_per_epoch(options), state.step, total) and setup.heldout:
-                self._evaluate(setup, state)
-            if state.step % options.save_every == 0 and state.step < total and not state.stopped_early:
-                save_checkpoint(self.out, self.trained, state, options.keep_checkpoints)
+            self._after_step(setup, state, total, record)
         return self._finish(setup, state, total, loss)
+
+    def _after_step(self, setup: Setup, state: Progress, total: int, record: dict[str, Any]) -> None:
+        """The record, and what is due: the held-out loss, a checkpoint."""
+        options = self.config.train
+        self._log(record)
+        if self._due(options.eval_every or setup.steps_per_epoch(options), state.step, total) and setup.heldout:
+            self._evaluate(setup, state)
+        if state.step % options.save_every == 0 and state.step < total and not state.stopped_early:
+            save_checkpoint(self.out, self.trained, state, options.keep_checkpoints)
 
     @staticmethod
     def _due(every: int, step: int, total: int) -> bool:
@@ -216,39 +257,39 @@ class Trainer:
 
     def _step(self, setup: Setup, state: Progress, total: int) -> dict[str, Any] | None:
         """One optimiser step; None if an interrupt came in its midst (nothing has changed then)."""
-        began, options = time.monotonic(), self.config.train
+        began, (indices, examples, seed) = time.monotonic(), self._examples(setup, state)
+        found = self.gradients.of(examples, seed)
+        if found is None:
+            return None
+        rows, loss = found
+        batch = Batch(indices, examples, rows, sum(len(row.targets) for row in rows), seed, began)
+        return self._update(setup, state, batch, loss)
+
+    def _examples(self, setup: Setup, state: Progress) -> tuple[list[int], list[TokenizedExample], int]:
+        """The examples of the next step, with their indices, and the seed of its dropout, which follows from the step."""
         indices = setup.batch(state.step, self.config)
-        examples = [setup.train[i] for i in indices]
-        torch.manual_seed((self.config.seed * 1_000_003 + state.step) % 2**63)  # dropout follows from the step alone
-        rows = self.rows.pack(examples, options.micro_batch_tokens, options.share_prefix)
-        supervised = sum(len(row.targets) for row in rows)
-        self.optimizer.zero_grad()
-        losses: list[Tensor] = []
-        for row in rows:
-            if self._interrupted:
-                return None
-            self.fast.start(unchanged=bool(losses))
-            losses.append(
-                self.graphs.backward(row, 1 / supervised)
-            )  # read after the last row: the device need not wait
-        loss = float(sum(losses)) / supervised
-        self._check_finite(loss, state.step + 1, indices, examples)
+        return indices, [setup.train[i] for i in indices], (self.config.seed * 1_000_003 + state.step) % 2**63
+
+    def _update(self, setup: Setup, state: Progress, batch: Batch, loss: float) -> dict[str, Any]:
+        """Turn the batch's gradients into an update, and give the step's record. Raises `TrainingDiverged`."""
+        options = self.config.train
+        self._check_finite(loss, state.step + 1, batch)
         if self.adalora:
             self.adalora.backward()
         norm = float(self.optimizer.norm())
-        self._check_finite(norm, state.step + 1, indices, examples)
+        self._check_finite(norm, state.step + 1, batch)
         if options.max_grad_norm and norm > options.max_grad_norm:
             self.optimizer.scale_(options.max_grad_norm / norm)
         if self.config.adapter.lora_fa and options.lora_fa_correction:
-            correct_lora_fa(self.bank, "default")
+            correct_lora_fa(self.bank, self.name)
         self.optimizer.step()
         if self.adalora:
             self.adalora.step(state.step + 1)
-        seconds, tokens = time.monotonic() - began, sum(len(e.input_ids) for e in examples)
+        seconds, tokens = time.monotonic() - batch.began, sum(len(e.input_ids) for e in batch.examples)
         state.step += 1
         state.tokens += tokens
-        state.supervised_tokens += supervised
-        state.examples += len(examples)
+        state.supervised_tokens += batch.supervised
+        state.examples += len(batch.examples)
         return {
             "type": "train",
             "step": state.step,
@@ -256,19 +297,19 @@ class Trainer:
             "loss": loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": norm,
-            "examples": len(examples),
+            "examples": len(batch.examples),
             "tokens": tokens,
-            "computed_tokens": sum(len(row.input_ids) for row in rows),
-            "supervised_tokens": supervised,
+            "computed_tokens": sum(len(row.input_ids) for row in batch.rows),
+            "supervised_tokens": batch.supervised,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
-            "memory_bytes": _memory(setup.model),
+            "memory_bytes": _memory(self.optimizer.buffers[0].device),
         }
 
-    def _check_finite(self, value: float, step: int, indices: list[int], examples: list[TokenizedExample]) -> None:
+    def _check_finite(self, value: float, step: int, batch: Batch) -> None:
         if math.isfinite(value):
             return
-        batch = {
+        record = {
             "step": step,
             "examples": [
                 {
@@ -276,10 +317,10 @@ class Trainer:
                     "input_ids": e.input_ids.tolist(),
                     "text": self.tokenizer.decode(e.input_ids.tolist()),
                 }
-                for i, e in zip(indices, examples)
+                for i, e in zip(batch.indices, batch.examples)
             ],
         }
-        write_text(self.out / "bad_batch.json", json.dumps(batch, ensure_ascii=False, indent=1) + "\n")
+        write_text(self.out / "bad_batch.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
         raise TrainingDiverged(
             f"the loss or gradient became {value} at step {step}; the batch is in {self.out / 'bad_batch.json'}; "
             f"a lower train.lr or more train.warmup usually helps, then continue with --resume"
@@ -287,11 +328,12 @@ class Trainer:
 
     def _evaluate(self, setup: Setup, state: Progress) -> None:
         options = self.config.train
-        loss = heldout_loss(self.rows, setup.heldout, options.micro_batch_tokens, options.eval_examples)
+        loss = heldout_loss(self.rows, setup.heldout, self.row_tokens, options.eval_examples)
         best = state.best_loss is None or loss < state.best_loss
         if best:
             state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0
-            save_adapter(setup.model, self.out / "best", provenance={"training": {"step": state.step, "loss": loss}})
+            record = {"training": {"step": state.step, "loss": loss}}
+            save_adapter(setup.model, self.out / "best", name=self.name, provenance=record)
         else:
             state.evals_without_gain += 1
         state.stopped_early = bool(options.early_stop) and state.evals_without_gain >= options.early_stop
@@ -304,11 +346,11 @@ class Trainer:
         adapter = self.out / "adapter"
         if stopped != "interrupted":
             if stopped == "early":
-                fill_adapter(setup.model, read_tensors(self.out / "best"), self.out / "best")
+                fill_adapter(setup.model, read_tensors(self.out / "best"), self.out / "best", self.name)
             if self.adalora:
                 self._finish_ranks(self.adalora)
             record = {"training": {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss}}
-            save_adapter(setup.model, adapter, provenance=record, tokenizer=setup.tokenizer)
+            save_adapter(setup.model, adapter, name=self.name, provenance=record, tokenizer=setup.tokenizer)
         setup.model.eval()
         result = RunResult(self.out, adapter, state.step, total, loss, state.best_loss, state.seconds, stopped)
         self.observe({"type": "end", **{k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}})
@@ -329,28 +371,6 @@ class Trainer:
     def _note(self, text: str) -> None:
         self.observe({"type": "note", "text": text})
 
-    @contextmanager
-    def _signals(self):
-        """First Ctrl-C (or SIGTERM): save and end after this row. Second: end now."""
-
-        def stop(number, frame):
-            self._interrupted += 1
-            if self._interrupted > 1:
-                raise KeyboardInterrupt
-            print("\nstopping: saving a checkpoint (press Ctrl-C again to quit now)", file=sys.stderr, flush=True)
-
-        old = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                old[number] = signal.signal(number, stop)
-        except ValueError:  # not in the main thread: whoever runs us handles signals
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
 
 def train(
     config: TrainConfig | dict | str | Path, *, resume: bool = False, observe: Observer | None = None
@@ -365,7 +385,6 @@ def train(
     return Trainer(config, observe=observe).run(resume=resume)
 
 
-def _memory(model: torch.nn.Module) -> int:
+def _memory(device: torch.device) -> int:
     """Peak bytes: the GPU allocator's, or the process's resident memory now."""
-    device = next(model.parameters()).device
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

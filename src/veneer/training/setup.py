@@ -23,6 +23,7 @@ from veneer.base.fingerprint import Fingerprint, mismatch
 from veneer.base.load import load_base
 from veneer.base.original import float_weights
 from veneer.base.paths import cache_dir
+from veneer.base.stream_load import load_streamed
 from veneer.config import OptimConfig, TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.data.parts import part_of
@@ -31,7 +32,15 @@ from veneer.errors import DataError, RunError
 from veneer.formats.peft import base_record
 from veneer.version import __version__
 
-MAY_CHANGE = {"out", "device", "train.save_every", "train.keep_checkpoints", "train.log_to"}
+MAY_CHANGE = {
+    "out",
+    "device",
+    "train.stream",
+    "train.vram",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.log_to",
+}
 """Keys that a resumed run may set anew: they do not change its result."""
 
 
@@ -65,12 +74,13 @@ class Setup:
     def _order(self, epoch: int, seed: int) -> list[int]:
         return np.random.default_rng([seed, epoch]).permutation(len(self.train)).tolist()
 
-    def attach(self, config: TrainConfig) -> Bank:
+    def attach(self, config: TrainConfig, name: str = "default") -> Bank:
         """Put the run's adapter on the model, at its start."""
         options = config.adapter.model_copy(update={"adalora": None})  # the loop's, over a plain adapter
         return attach(
             self.model,
             options,
+            name=name,
             seed=config.seed,
             calibration=self.calibration(config) if options.init in DATA_DRIVEN else None,
             float_weights=float_weights(self.model) if options.init == "loftq" else None,
@@ -117,15 +127,25 @@ class Setup:
 
 def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
     """Load the base, read and tokenise the data, split off the held-out part."""
-    model, tokenizer = load_base(
-        config.model,
-        dtype=config.dtype,
-        device=config.device,
-        quant=config.quant,
-        chat_template=config.data.chat_template,
-    )
+    model, tokenizer = open_base(config)
+    return with_data(config, model, tokenizer, note)
+
+
+def open_base(config: TrainConfig) -> tuple[torch.nn.Module, Any]:
+    """The base and its tokenizer, with the tokens that the adapter adds."""
+    options = {"dtype": config.dtype, "device": config.device, "quant": config.quant}
+    options["chat_template"] = config.data.chat_template
+    if config.train.stream == "off":
+        model, tokenizer = load_base(config.model, **options)
+    else:
+        model, tokenizer = load_streamed(config.model, where=config.train.stream, **options)
     if config.adapter.new_tokens:
         add_tokens(model, tokenizer, config.adapter.new_tokens)
+    return model, tokenizer
+
+
+def with_data(config: TrainConfig, model: torch.nn.Module, tokenizer: Any, note: Callable[[str], None]) -> Setup:
+    """What `prepare_run` gives, on a base that is loaded: its data read, tokenised and checked."""
     train = load_data(config, "train", tokenizer, note)
     counts, heldout = {"train": train.counts}, None
     if config.data.heldout is not None or config.data.heldout_fraction:

@@ -45,18 +45,19 @@ def checkpoints(run: Path) -> list[Path]:
 
 @dataclass
 class Trained:
-    """What a checkpoint holds besides its `Progress`: the adapted model and the state of its optimiser."""
+    """What a checkpoint holds besides its `Progress`: the adapter `name` of a model and the state of its optimiser."""
 
     model: nn.Module
     optimizer: FlatOptimizer
     adalora: AdaLora | None = None
+    name: str = "default"
 
 
 def save_checkpoint(run: Path, trained: Trained, state: Progress, keep: int) -> Path:
     """Write checkpoints/step-N in one step, then drop the oldest beyond `keep`. Raises `RunError` (disk)."""
     path = run / "checkpoints" / f"step-{state.step:08d}"
     with new_directory(path) as folder:
-        save_adapter(trained.model, folder / "adapter")
+        save_adapter(trained.model, folder / "adapter", name=trained.name)
         save_file(trained.optimizer.state(), folder / MOMENTS)
         if trained.adalora is not None:
             save_file(trained.adalora.state(), folder / ADALORA)
@@ -74,7 +75,7 @@ def load_checkpoint(path: Path, trained: Trained) -> Progress:
         ranks = load_file(path / ADALORA) if trained.adalora is not None else {}
     except (OSError, ValueError, TypeError, SafetensorError, AdapterFormatError) as error:
         raise RunError(f"checkpoint {path} is damaged: {error}") from None
-    fill_adapter(trained.model, tensors, path)
+    fill_adapter(trained.model, tensors, path, trained.name)
     if trained.adalora is not None:
         trained.adalora.load_state(ranks)
     try:
@@ -96,10 +97,13 @@ def saved_rows(run: Path) -> dict[str, int] | None:
     return None
 
 
-def fill_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> dict[str, nn.Parameter]:
-    """Copy saved tensors into the attached adapter; its parameters by name. `RunError` if they do not fit."""
+def fill_adapter(
+    model: nn.Module, tensors: dict[str, torch.Tensor], path: Path, name: str | None = None
+) -> dict[str, nn.Parameter]:
+    """Copy saved tensors into the attached adapter (the first, if not named); its parameters by name. `RunError` if
+    they do not fit."""
     bank = get_bank(model)
-    name = bank.names[0]
+    name = name or bank.names[0]
     own = {key.removeprefix(PREFIX): value.shape for key, value in adapter_tensors(bank, name).items()}
     if own != {key: value.shape for key, value in tensors.items() if key in own}:
         raise RunError(f"checkpoint {path} does not hold this run's adapter: its tensors are others")

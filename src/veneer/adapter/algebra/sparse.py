@@ -14,16 +14,16 @@ from veneer.errors import ConfigError
 
 
 def largest(task: Tensor, density: float) -> Tensor:
-    """The ⌊density·n⌋ values of largest magnitude, zeros elsewhere (TIES' trim, magnitude pruning)."""
+    """The ⌊density·n⌋ values of largest magnitude, at least one, zeros elsewhere (TIES' trim, magnitude pruning)."""
     return band(task, density, 0.0)
 
 
 def band(task: Tensor, density: float, gamma: float) -> Tensor:
     """Breadcrumbs (Davari & Belilovsky 2023, arXiv:2312.06795, section 3): drop the ⌊γ·n⌋ largest magnitudes, keep the
-    ⌊density·n⌋ that follow, drop the rest."""
+    ⌊density·n⌋ that follow, drop the rest. At least one is kept: in a small common basis ⌊density·n⌋ may be 0."""
     if density >= 1 and gamma == 0:
         return task
-    skip, keep = int(gamma * task.numel()), int(density * task.numel())
+    skip, keep = int(gamma * task.numel()), max(1, int(density * task.numel()))
     order = task.abs().flatten().topk(min(skip + keep, task.numel())).indices[skip:]
     mask = torch.zeros(task.numel(), dtype=torch.bool, device=task.device)
     mask[order] = True

@@ -1,7 +1,7 @@
 """Adapted layers: a frozen module and the factors of every adapter on it, one file per kind of module."""
 
 from veneer.adapter.layers.attention import AdaptedAttention
-from veneer.adapter.layers.base import TABLES, AdaptedModule, Options, Routing, plain
+from veneer.adapter.layers.base import TABLES, AdaptedModule, Options, Routing, Stream, plain
 from veneer.adapter.layers.conv import AdaptedConv
 from veneer.adapter.layers.embedding import AdaptedEmbedding, TiedHead
 from veneer.adapter.layers.experts import AdaptedExperts, AdaptedParameters, ParameterFactors, container_for
@@ -25,6 +25,7 @@ __all__ = [
     "Options",
     "ParameterFactors",
     "Routing",
+    "Stream",
     "TiedHead",
     "TrainedTokens",
     "TrainedTokensHead",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veneer.adapter import math
 from veneer.errors import AdapterStateError
+from veneer.kernels.ranges import Ranges
 
 TABLES = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_bias")
 """What an adapter may train in a layer; also the last part of its parameters' names."""
@@ -22,11 +23,43 @@ class Routing:
 
     `stack` maps adapter → weight, for every row. `rows`, if set, wins: it names each batch row's own adapter, or None
     for the base alone. `tokens` maps an activated adapter (aLoRA) to the (batch, tokens) positions where it acts.
+    `ranges`, if set, wins over both: it gives each adapter its own tokens of one packed row, and `streams` the random
+    numbers that its dropout draws there.
     """
 
     stack: dict[str, float] = field(default_factory=dict)
     rows: tuple[str | None, ...] | None = None
     tokens: dict[str, Tensor | None] = field(default_factory=dict)
+    ranges: Ranges | None = None
+    streams: dict[str, Stream] = field(default_factory=dict)
+
+
+class Stream:
+    """Random numbers of an adapter's own: inside a `with` block, torch draws them as if it had been seeded with `seed`
+    and had drawn nothing but in these blocks."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device, before = device, self._get(device)
+        torch.manual_seed(seed)
+        self.state = self._get(device)
+        self._set(before)
+
+    @staticmethod
+    def _get(device: torch.device) -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+    def _set(self, state: list[Tensor]) -> None:
+        torch.set_rng_state(state[0])
+        if len(state) > 1:
+            torch.cuda.set_rng_state(state[1], self.device)
+
+    def __enter__(self) -> None:
+        self.outside = self._get(self.device)
+        self._set(self.state)
+
+    def __exit__(self, *error: object) -> None:
+        self.state = self._get(self.device)
+        self._set(self.outside)
 
 
 @dataclass(frozen=True)
@@ -153,6 +186,24 @@ class AdaptedModule(nn.Module):
     def active(self) -> list[tuple[str, float]]:
         """The active adapters that this layer has, with their weights."""
         return [(name, weight) for name, weight in self.routing.stack.items() if name in self.lora_A]
+
+    def _by_range(self, x: Tensor, y: Tensor, update: Callable[[str, Tensor, Tensor], Tensor], dim: int) -> Tensor:
+        """y with `update(name, its part of x, its part of y)` added on each adapter's own tokens, along `dim`."""
+        ranges = self.routing.ranges
+        self._check_tokens(x, dim)
+        parts = []
+        for name, (start, end) in ranges.bounds.items():
+            if start < end:
+                xn, yn = x.narrow(dim, start, end - start), y.narrow(-2, start, end - start)
+                parts.append((yn + update(name, xn, yn)).to(y.dtype) if name in self.lora_A else yn)
+        return torch.cat(parts, dim=-2)
+
+    def _check_tokens(self, x: Tensor, dim: int) -> None:
+        lead = x.shape[: dim + x.ndim]
+        if x.shape[dim] != self.routing.ranges.tokens or any(size != 1 for size in lead):
+            raise AdapterStateError(
+                f"{self.routing.ranges.tokens} tokens are routed, but {type(self.base_layer).__name__} gets {tuple(x.shape)}"
+            )
 
     def _drops(self, name: str) -> bool:
         return self.training and self.dropout[name] > 0

@@ -44,6 +44,8 @@ class AdaptedEmbedding(AdaptedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         y = self.base_layer(ids)
+        if self.routing.ranges is not None:
+            return self._by_range(ids, y, self._update, -1)
         if self.routing.rows is not None:
             return self._routed(ids, y, self.routing.rows)
         for name, weight in self.active():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from veneer.adapter.layers.base import AdaptedModule, Options, Routing, clone_mo
 from veneer.errors import AdapterStateError
 from veneer.kernels import dispatch, reference
 from veneer.kernels.quantised import Dequantise
+from veneer.kernels.ranges import Ranges, Weight
 
 
 class AdaptedLinear(AdaptedModule):
@@ -57,6 +59,8 @@ class AdaptedLinear(AdaptedModule):
         return True
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.routing.ranges is not None:
+            return self._ranged(x, self.routing.ranges)
         if self.routing.rows is not None:
             return self._routed(x, self.routing.rows)
         active = self.active()
@@ -100,7 +104,8 @@ class AdaptedLinear(AdaptedModule):
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Adapter `name`'s part of the output, given the base's output y."""
-        xd = F.dropout(x, self.dropout[name], self.training)
+        with self.routing.streams.get(name) or nullcontext():
+            xd = F.dropout(x, self.dropout[name], self.training)
         lora_A, lora_B = self.factors(name)
         update = reference.grouped_lora(xd, [lora_A], [lora_B], [self.scaling[name]])
         if name in self.lora_bias:
@@ -132,7 +137,7 @@ class AdaptedLinear(AdaptedModule):
         if all(self._groupable(name) for name in names):
             index = torch.tensor([names.index(n) if n in names else -1 for n in rows], device=x.device)
             factors = zip(*(self.factors(n) for n in names))
-            return y + reference.grouped_lora(x, *factors, [self.scaling[n] for n in names], index)
+            return y + dispatch.grouped_lora(x, *factors, [self.scaling[n] for n in names], index)
         out = y.clone()
         for name in names:
             mine = torch.tensor([i for i, row in enumerate(rows) if row == name], device=x.device)
@@ -140,6 +145,24 @@ class AdaptedLinear(AdaptedModule):
             with _tokens_of(self.routing, name, None if acts is None else acts[mine]):
                 out = out.index_add(0, mine, self._update(name, x[mine], y[mine]).to(out.dtype))
         return out
+
+    def _ranged(self, x: Tensor, ranges: Ranges) -> Tensor:
+        names = [name for name in ranges.number if name in self.lora_A]
+        if not names:
+            return self.base_layer(x)
+        self._check_tokens(x, -2)
+        if all(self._groupable(name) for name in names):
+            weight: Weight | None = plain_weight(self.base_layer)
+            if weight is None and is_quantised(self.base_layer):
+                weight = quantised.dequantiser(self.base_layer)
+            if weight is not None:
+                x = x.to(weight.dtype) if isinstance(weight, Tensor) else x
+                bias = None if self.base_layer.bias is None else self.base_layer.bias.to(x.dtype)
+                factors = zip(*(self.factors(n) for n in names))
+                return dispatch.ranged_lora_linear(
+                    x, weight, bias, *factors, [self.scaling[n] for n in names], names, ranges
+                )
+        return self._by_range(x, self.base_layer(x), self._update, -2)
 
     def _groupable(self, name: str) -> bool:
         special = self._is_dora(name) or name in self.lora_bias or name in self.routing.tokens

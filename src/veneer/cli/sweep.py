@@ -1,0 +1,255 @@
+"""veneer sweep, and veneer train of a list of adapters"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from veneer.cli.common import err
+from veneer.errors import ConfigError, RunError
+
+SEARCHES = ("grid", "random", "halving")
+SHOWN = 20
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="A YAML configuration, or a sweep's directory with --resume.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUES",
+            help="Values to try: adapter.rank=4,16 or, drawn at random, train.lr=1e-5..1e-3; one value is set for all.",
+        ),
+    ] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(help="grid (all combinations), random, or halving (the worse half stops at each rung)."),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Draw so many combinations at random.")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Adapters that train together; the others wait their turn.")] = 8,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=16, help="Most tokens in one pass of all adapters. Default: train.micro_batch_tokens."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="The folder to make for the sweep and its runs.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a sweep was stopped.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials, train nothing.")] = False,
+) -> None:
+    """Train many adapters together on one base, with different settings, and compare them."""
+    if resume:
+        if settings or search or trials:
+            raise ConfigError(
+                "--resume goes on with the sweep as it was started: leave --set, --search and --trials out"
+            )
+        resume_sweep(Path(out) if out else _out_of(config))
+        return
+    if config.is_dir():
+        raise ConfigError(f"{config} is a directory: to go on with a sweep add --resume, else name a YAML file")
+    values, found = _trials(config, settings or [], search or "grid", trials, seed, out)
+    from veneer.training.sweep import Sweep, SweepOptions
+
+    options = SweepOptions(search or "grid", at_once, tokens, seed)
+    display = Display()
+    sweep = Sweep(values["out"], values, found, options, observe=display)
+    _dry_run(sweep) if dry_run else run(sweep, display)
+
+
+def _dry_run(sweep: Any) -> None:
+    for trial in sweep.trials:
+        print(trial.name)
+    count = len(sweep.trials)
+    err.print(f"{count} adapters, {min(sweep.at_once, count)} at once; their settings are valid, nothing was trained")
+
+
+def resume_sweep(out: Path) -> None:
+    """Go on with a sweep."""
+    from veneer.training.sweep import Sweep
+
+    display = Display()
+    run(Sweep.load(out, observe=display), display, resume=True)
+
+
+def train_list(values: dict[str, Any], *, resume: bool, dry_run: bool) -> None:
+    """`veneer train` of a configuration that lists adapters."""
+    from veneer.training.sweep import Sweep, SweepOptions
+    from veneer.training.trials import listed
+
+    shared, trials = listed(values)
+    _check_out(shared)
+    if resume:
+        resume_sweep(Path(shared["out"]))
+        return
+    display = Display()
+    sweep = Sweep(shared["out"], shared, trials, SweepOptions("list"), observe=display)
+    _dry_run(sweep) if dry_run else run(sweep, display)
+
+
+def _out_of(config: Path) -> Path:
+    """A sweep's directory: the path itself, or what a configuration names as `out`."""
+    from veneer.config import read_yaml
+
+    return config if config.is_dir() or not config.exists() else Path(read_yaml(config).get("out") or config)
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a directory holds a sweep."""
+    return (path / "sweep.json").exists()
+
+
+def run(sweep: Any, display: Display, *, resume: bool = False) -> None:
+    """Train, write the pages, print the table."""
+    with display:
+        sweep.run(resume=resume)
+    if sweep.interrupted:
+        err.print(f"stopped; go on: veneer sweep {sweep.out} --resume")
+        raise typer.Exit(130)
+    from veneer.report.page import write_report
+    from veneer.report.sweep import write_sweep_report
+
+    for trial in sweep.trials:
+        if (sweep.out / trial.name / "config.yaml").exists():
+            write_report(sweep.out / trial.name)
+    page = write_sweep_report(sweep.out)
+    console = Console(highlight=False)
+    console.print(table(sweep.trials, sweep.best))
+    console.print(f"report   {page}", soft_wrap=True)
+    if sweep.best:
+        best = sweep.out / sweep.best.name
+        console.print(
+            f"best     {best}\nnext     veneer eval {best}   ·   veneer chat {best} --compare", soft_wrap=True
+        )
+    if not any(trial.status in ("finished", "early") for trial in sweep.trials):
+        raise RunError("no trial reached its end: all diverged; lower learning rates usually help")
+
+
+def table(trials: list[Any], best: Any) -> Table:
+    """The trials, best first, as many as one screen holds."""
+    keys = [key for key in dict.fromkeys(k for t in trials for k in t.settings)]
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    grid.add_column("")
+    grid.add_column("run", overflow="fold")
+    for key in keys[:4]:
+        grid.add_column(key.rpartition(".")[2], justify="right")
+    for name in ("held-out", "loss", "steps", ""):
+        grid.add_column(name, justify="right" if name else "left")
+    order = sorted(trials, key=lambda t: (t.status == "stopped", t.score is None, t.score or 0.0))
+    for trial in order[:SHOWN]:
+        own = [_value(trial.settings.get(key)) for key in keys[:4]]
+        numbers = [_loss(trial.heldout), _loss(trial.loss), f"{trial.step}/{trial.total_steps or '–'}"]
+        grid.add_row("★" if trial is best else "", trial.name, *own, *numbers, trial.status)
+    if len(order) > SHOWN:
+        grid.add_row("", f"… and {len(order) - SHOWN} more")
+    return grid
+
+
+def _value(value: Any) -> str:
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _check_out(values: dict[str, Any]) -> None:
+    if not values.get("out"):
+        raise ConfigError("say where the runs go: --out, or the key out in the configuration")
+
+
+def _trials(config: Path, settings: list[str], search: str, trials: int | None, seed: int, out: str | None):
+    """The shared configuration and the trials: the listed adapters, if there are, times what is searched."""
+    from veneer.config import put, read_yaml
+    from veneer.training.search import Range, grid, parse_space, sample
+    from veneer.training.trials import Trial, listed, named_trials
+
+    if search not in SEARCHES:
+        raise ConfigError(f"--search is one of {', '.join(SEARCHES)}, not {search!r}")
+    values = read_yaml(config) | ({"out": out} if out else {})
+    fixed, space = parse_space(settings)
+    for key, value in fixed.items():
+        put(values, key, value)
+    _check_out(values)
+    drawn = search == "random" or any(isinstance(choice, Range) for choice in space.values())
+    if drawn and trials is None and search != "grid":
+        raise ConfigError("say how many combinations to draw: --trials N")
+    if trials is not None and search == "grid":
+        raise ConfigError("a grid tries every combination: --trials goes with --search random or halving")
+    points = grid(space) if trials is None else sample(space, trials, seed)
+    if "adapters" not in values:
+        if not space:
+            raise ConfigError(
+                "there is nothing to vary: --set adapter.rank=4,16 or a list of adapters in the YAML file"
+            )
+        return values, named_trials(points)
+    shared, every = listed(values)
+    if not space:
+        return shared, every
+    return shared, [
+        Trial(f"{one.name}-{point.name}", one.settings | point.settings)
+        for one in every
+        for point in named_trials(points)
+    ]
+
+
+class Display:
+    """Progress of all trials: one bar in a terminal, else a line every ten seconds; warnings as they come."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps · {task.fields[running]} at once · {task.fields[speed]} tok/s"),
+            TimeRemainingColumn(),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self.steps: dict[str, int] = {}
+        self.totals: dict[str, int] = {}
+        self.running: dict[str, float] = {}
+        self.task, self.said = None, 0.0
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        self.task = self.progress.add_task("", total=None, running=0, speed="–")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        getattr(self, "_" + record["type"], lambda r: None)(record)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        text, run = record["text"], record.get("run")
+        if run is None or text.startswith("warning"):
+            style = "yellow" if text.startswith("warning") else None
+            self.progress.console.print(f"{run}: {text}" if run else text, style=style, markup=False, soft_wrap=True)
+
+    def _start(self, record: dict[str, Any]) -> None:
+        self.steps[record["run"]], self.totals[record["run"]] = record["step"], record["total_steps"]
+
+    def _train(self, record: dict[str, Any]) -> None:
+        run = record["run"]
+        self.steps[run], self.running[run] = record["step"], record["tokens_per_second"]
+        done, total = sum(self.steps.values()), sum(self.totals.values())
+        speed = f"{sum(self.running.values()):,.0f}"
+        if err.is_terminal:
+            self.progress.update(self.task, completed=done, total=total, running=len(self.running), speed=speed)
+        elif time.monotonic() - self.said > 10:
+            self.said = time.monotonic()
+            err.print(f"step {done}/{total} of {len(self.steps)} runs  {len(self.running)} at once  {speed} tok/s")
+        if record["step"] >= self.totals[run]:
+            self.running.pop(run, None)
+
+    def _end(self, record: dict[str, Any]) -> None:
+        self.running.pop(record["run"], None)

@@ -1,0 +1,61 @@
+"""The numbers of a plan that no arithmetic gives: each measured once, with where it comes from. Bytes and shares."""
+
+from __future__ import annotations
+
+MIB = 1 << 20
+
+CONTEXT = 560 * MIB
+"""What CUDA, cuBLAS and torch's own kernels hold on a device besides tensors; a run measures it for itself."""
+WORKSPACE = 32 * MIB
+"""cuBLAS's workspace, from the caching allocator (torch's default on Hopper; 8 MiB elsewhere)."""
+RESERVED = 0.033
+"""The allocator's reserve over what is allocated at the peak: 3.2, 3.3 and 3.3 % in benchmarks/results/gpu_train.json
+(8B bf16 keep, mixed, 1B keep on an H200)."""
+COMPILED_WORK = 1.0
+"""A compiled block's temporaries over an eager one's."""
+SELECTIVE = 0.85
+"""What a compiled block keeps at `selective` and `offload` over `keep`: `training.accelerate.KEEP`."""
+FUSED = 0.3
+"""Bytes that compiled element-wise operations move over eager ones'."""
+COMPILED_CALLS = 0.25
+"""Kernels that compiled code starts over eager code's."""
+PRODUCT_SHARE = 1.0
+"""Rate of a layer's products over that of one large product."""
+HOST_SHARES = (0.5, 0.4)
+"""On a CPU, of products and of element-wise operations over large ones: fitted to the shapes tiny and small of
+benchmarks/results/plan_cpu.json; on its other two shapes the error of tokens/s is then 12 %."""
+MOVE_SHARE = 0.85
+"""Bandwidth of element-wise operations over that of one large copy."""
+ATTENTION_SHARE, ATTENTION_BACKWARD = 0.8, 2.5
+"""Rate of fused attention over that of one large product; its backward pass has five products for two."""
+UNPACK_SHARE = 0.6
+"""Bandwidth of bitsandbytes' dequantisation over that of one large copy."""
+COMPILE_SECONDS = 18.0
+"""Seconds of the first step when blocks are compiled (17.8, 25.2 and 16.8 in benchmarks/results/gpu_train.json)."""
+PINNED = 1.25
+"""Host memory of offloaded tensors over their bytes: pinned allocations are rounded up to powers of two."""
+GPU_CHUNK, CPU_CHUNK = 256 * MIB, 64 * MIB
+"""Logits of one chunk of the loss: `kernels.cross_entropy`."""
+AHEAD = 2
+"""Blocks whose offloaded tensors are on the device at once: `training.store.Host`."""
+SMALL = MIB
+"""Tensors below this many bytes are not offloaded: `training.store.SMALL`."""
+STREAM_BUFFERS = 2
+"""Blocks of a streamed base on the device at once: `base.stream.SLOTS`."""
+STREAM_HEAD_CHUNK, STREAM_HEAD_ROWS = 64 * MIB, 8192
+"""Bytes of a streamed head on the device at once, twice, and positions that it is applied to at once: `base.stream` and
+`kernels.streamed_head`."""
+OVERLAP = 0.9
+"""Share of the shorter of compute and copies that is hidden behind the longer."""
+
+HOST_BASELINE = 480 * MIB
+"""Resident memory of a process that has imported torch and transformers, on a CPU; a plan made here takes its own."""
+HOST_KERNELS = 45 * MIB
+"""Of that, what the first step adds: pages of MKL's and oneDNN's kernels and of autograd (40 to 57 MB in a process that
+trained 33 M parameters on 128 to 1,024 tokens, torch 2.13)."""
+HOST_RUN = 3 * (1 << 30)
+"""Host memory of a training process that uses a GPU: libraries, CUDA's own, tokenised data."""
+HOST_SLACK = 0.02
+"""Resident memory over live bytes on a CPU: malloc's free space and the threads' own buffers."""
+MARGIN = 0.03
+"""A plan fits if its prediction and this share more are within the budget."""

@@ -1,0 +1,159 @@
+"""The model as the engine sees it: pieces of prompts or single tokens in, logits out, into slots and through adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapter.targets import output_head
+from veneer.kernels.grouped import has_grouped_mm
+from veneer.serve.cache import ATTENTION, Prompts, SlotCache, Tokens
+from veneer.serve.errors import ServeError
+from veneer.serve.pool import Pool, groups_of
+from veneer.serve.registry import Registry
+from veneer.serve.routing import Grouped, GroupState, Plan, RoutedLinear, Routing, Segments, Uses, plan_rows
+
+Piece = tuple[int, int, list[int], Uses]
+"""(slot, position of the first token, tokens, adapters)."""
+
+
+class Runner:
+    """Owns the model while it is served; `close` puts everything back as it was."""
+
+    lookahead = False
+    """Whether a step may be begun before the host has seen the tokens of the one before."""
+    power_ranks = False
+    """Whether kernels want the pool's rank to be a power of two."""
+
+    def __init__(self, model: Any, registry: Registry, slots: int, context: int) -> None:
+        self.model, self.device = model, registry.device
+        config = model.config.get_text_config()
+        if not getattr(model, "_supports_attention_backend", False):
+            raise ServeError(f"{type(model).__name__} does not take a custom attention, which serving needs")
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dtype = model.get_input_embeddings().weight.dtype
+        self.cache = SlotCache(config.num_hidden_layers, self._slots(slots), context, heads, width, dtype, self.device)
+        self.slots, self.routing = slots, Routing()
+        calls, expected = self._trace(registry)
+        groups, places = groups_of(calls, registry.targets), registry.device_slots or slots
+        self.pool = Pool(registry, groups, places, self.device, dtype, self.power_ranks)
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        self._own_attention = config._attn_implementation
+        self._install()
+        self._check(expected)
+
+    def _slots(self, slots: int) -> int:
+        return slots
+
+    def prepare(self) -> None:
+        """Make room for the adapters that are loaded now, before the first request."""
+        rank, targets = self.pool.registry.extent()
+        if targets:
+            self.pool.grow(rank, targets)
+
+    def close(self) -> None:
+        """Take the adapters out of the model and give it its own attention back."""
+        for parent, leaf, module in self._replaced:
+            setattr(parent, leaf, module)
+        self._replaced.clear()
+        self.model.set_attn_implementation(self._own_attention)
+
+    @torch.inference_mode()
+    def prompts(self, pieces: Sequence[Piece], last: Sequence[bool]) -> Tensor | None:
+        """Run pieces of prompts; logits (N, V) float32 after those for which `last` says that they end the prompt."""
+        batch = Prompts(self.cache, [(slot, first, len(tokens)) for slot, first, tokens, _ in pieces], self.device)
+        segments, ends, at = [], [], 0
+        for (_, _, tokens, uses), wanted in zip(pieces, last):
+            segments.append((at, at + len(tokens), uses))
+            at += len(tokens)
+            if wanted:
+                ends.append((at - 1, uses))
+        ids = torch.tensor([token for _, _, tokens, _ in pieces for token in tokens], device=self.device)
+        self.routing.body = self._plan(segments)
+        self.routing.head = Segments([(n, n + 1, uses) for n, (_, uses) in enumerate(ends)])
+        keep = torch.tensor([end for end, _ in ends], device=self.device)
+        return self._forward(ids, batch, keep) if ends else self._forward(ids, batch, None)
+
+    @torch.inference_mode()
+    def tokens(self, rows: Sequence[tuple[int, int, int, Uses]], ahead: Tensor | None = None) -> Tensor:
+        """One token (slot, position, token, adapters) for each row → logits (B, V) float32; slots in ascending order."""
+        batch = Tokens(self.cache, [(slot, position) for slot, position, _, _ in rows], self.device)
+        self.routing.body = self.routing.head = plan_rows([uses for *_, uses in rows], self.device)
+        ids = torch.tensor([token for _, _, token, _ in rows], device=self.device)
+        return self._forward(ids, batch, 0)
+
+    def _plan(self, segments: Sequence[tuple[int, int, Uses]]) -> Plan:
+        if has_grouped_mm() and Grouped.takes(segments, self.cache.store):
+            return Grouped(segments, self.pool.size, self.device)
+        return Segments(segments)
+
+    def _forward(self, ids: Tensor, batch: Any, keep: Tensor | int | None) -> Tensor | None:
+        model = self.model if keep is not None else self.model.base_model
+        options = {} if keep is None else {"logits_to_keep": keep}
+        try:
+            out = model(
+                input_ids=ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                veneer_batch=batch,
+                **options,
+            )
+        finally:
+            self.routing.body = self.routing.head = None
+        return None if keep is None else out.logits[0].float()
+
+    def _trace(self, registry: Registry) -> tuple[list[tuple[str, int]], Tensor]:
+        """The order in which the linears are called and the inputs they share, and the model's own logits (T, V)."""
+        calls, kept = [], []
+
+        def note(name: str):
+            def hook(module, arguments):
+                kept.append(arguments[0])  # alive, so that no other tensor gets its id
+                calls.append((name, id(arguments[0])))
+
+            return hook
+
+        hooks = [self.model.get_submodule(t).register_forward_pre_hook(note(t)) for t in registry.targets]
+        self._sample = torch.arange(1, 9, device=self.device) % self.model.config.get_text_config().vocab_size
+        try:
+            with torch.inference_mode():
+                logits = self.model(input_ids=self._sample[None], use_cache=False).logits[0].float()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        names = [name for name, _ in calls]
+        if len(set(names)) != len(names):
+            raise ServeError(f"{type(self.model).__name__} calls a layer twice, which cannot be served")
+        return calls, logits
+
+    def _install(self) -> None:
+        head = output_head(self.model)
+        for group in self.pool.groups:
+            modules = [self.model.get_submodule(target) for target in group.targets]
+            state = GroupState(group, self.pool, self.routing, modules[0] is head)
+            for part, (target, module) in enumerate(zip(group.targets, modules)):
+                parent, _, leaf = target.rpartition(".")
+                owner = self.model.get_submodule(parent)
+                self._replaced.append((owner, leaf, module))
+                setattr(owner, leaf, RoutedLinear(module, state, part))
+        self.model.set_attn_implementation(ATTENTION)
+
+    def _check(self, expected: Tensor) -> None:
+        """Refuse a model that gives other logits through slots than by itself."""
+        ids, middle = self._sample.tolist(), len(self._sample) // 2
+        try:
+            self.prompts([(0, 0, ids[:middle], ())], [False])
+            got = [self.prompts([(0, middle, ids[middle:-1], ())], [True])]
+            got.append(self.tokens([(0, len(ids) - 1, ids[-1], ())]))
+        except (TypeError, ValueError, RuntimeError) as error:
+            self.close()
+            raise ServeError(f"{type(self.model).__name__} cannot be served: {str(error).splitlines()[0]}") from error
+        error = (torch.cat(got) - expected[-2:]).abs().max()
+        tolerance = (1e-3 if self.cache.store.dtype == torch.float32 else 5e-2) * expected[-2:].abs().max().clamp(min=1)
+        if not error <= tolerance:
+            self.close()
+            raise ServeError(f"{type(self.model).__name__} gives other logits through the engine's cache: not served")

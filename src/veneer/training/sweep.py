@@ -1,0 +1,300 @@
+"""A sweep: many adapters on one base, trained together, as many at once as are asked for; and what is searched among them.
+
+A sweep is a directory: `sweep.json` says what is tried and how each trial stands, and every trial has an ordinary run
+directory beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.adapter.attach import BANK, detach, get_bank, planned
+from veneer.config import TrainConfig, read_yaml
+from veneer.errors import ConfigError, RunError, VeneerError
+from veneer.files import new_directory, write_text
+from veneer.training.loop import Observer
+from veneer.training.many import Lane, Pool, lone_reason
+from veneer.training.search import better_half, rungs
+from veneer.training.setup import Setup, open_base, with_data
+from veneer.training.signals import Interrupt
+from veneer.training.state import checkpoints
+from veneer.training.trials import FILE, OVER, Trial, base_key, finite, last_losses, listed, read_sweep
+from veneer.version import __version__
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep runs. `at_once` adapters train together, `tokens` bounds a pass (see `Pool`)."""
+
+    search: str = "grid"
+    at_once: int = 8
+    tokens: int | None = None
+    seed: int = 0
+
+
+class Sweep:
+    """Trains the trials of a sweep; `values` is the configuration that they share.
+
+    `observe` is called with each record of each run, with its trial's name under "run", and with notes.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        values: dict[str, Any],
+        trials: list[Trial],
+        options: SweepOptions | None = None,
+        *,
+        observe: Observer | None = None,
+    ) -> None:
+        self.out, self.values, self.trials = Path(out), values, trials
+        self.options, self.observe = options or SweepOptions(), observe or (lambda record: None)
+        self.at_once, self.cuts = self.options.at_once, 0
+        self.configs = {trial.name: self._config(trial) for trial in trials}
+        self._data: dict[str, Setup] = {}
+        self._check()
+
+    def _config(self, trial: Trial) -> TrainConfig:
+        try:
+            return TrainConfig.from_dict(self.values | {"out": str(self.out / trial.name)}, trial.settings)
+        except ConfigError as error:
+            raise ConfigError(f"{trial.name}: {error}") from None
+
+    def _check(self) -> None:
+        if not self.trials:
+            raise ConfigError("there is nothing to train: the sweep has no trial")
+        if len(self.configs) < len(self.trials):
+            raise ConfigError("two adapters have the same name: give each its own")
+        if self.options.search == "halving":
+            for name, config in self.configs.items():
+                if config.data.heldout is None and not config.data.heldout_fraction:
+                    raise ConfigError(
+                        f"{name}: halving compares held-out losses: set data.heldout or data.heldout_fraction"
+                    )
+
+    @classmethod
+    def load(cls, out: str | Path, *, observe: Observer | None = None) -> Sweep:
+        """A sweep that was started, as its directory has it. Raises `RunError`."""
+        record = read_sweep(out)
+        try:
+            trials = [Trial(**trial) for trial in record["trials"]]
+            sweep = cls(out, record["config"], trials, SweepOptions(**record["options"]), observe=observe)
+            sweep.cuts = record["cuts"]
+            return sweep
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{Path(out) / FILE} is damaged: {error}") from None
+
+    def run(self, *, resume: bool = False) -> Sweep:
+        """Train all trials, or with `resume` what is left of them. Raises what `Trainer` does, but for divergence."""
+        if (
+            not resume
+            and self.out.exists()
+            and (not self.out.is_dir() or {p.name for p in self.out.iterdir()} - {FILE})
+        ):
+            held = (self.out / FILE).exists()
+            what = "already holds a sweep: continue it with --resume, or" if held else "exists and is not empty:"
+            raise RunError(f"{self.out} {what} choose another --out")
+        self.write()
+        with Interrupt() as self.interrupt:
+            stages = [*(rungs(len(self.trials)) if self.options.search == "halving" else []), 1.0]
+            for number, share in enumerate(stages):
+                self._train([t for t in self.trials if t.status not in OVER and len(t.rungs) <= number], share)
+                if self.interrupt:
+                    break
+                if share < 1 and number == self.cuts:
+                    self._cut(share)
+        self.write()
+        return self
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether trials are left to train."""
+        return any(trial.status not in OVER for trial in self.trials)
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial with the lowest loss among those that were not stopped."""
+        scored = [t for t in self.trials if t.status in ("finished", "early") and t.score is not None]
+        return min(scored, key=lambda t: t.score, default=None)
+
+    def write(self) -> None:
+        """Bring sweep.json up to date."""
+        best = self.best
+        record = {
+            "format": 1,
+            "veneer": __version__,
+            "options": asdict(self.options),
+            "config": self.values,
+            "cuts": self.cuts,
+            "best": best.name if best else None,
+            "trials": [asdict(trial) for trial in self.trials],
+        }
+        write_text(self.out / FILE, json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n")
+
+    def _train(self, trials: list[Trial], share: float) -> None:
+        """Train some trials until this share of their steps, those on one base together."""
+        groups: dict[str, list[Trial]] = {}
+        for trial in trials:
+            groups.setdefault(base_key(self.configs[trial.name]), []).append(trial)
+        if len(groups) > 1:
+            sizes = ", ".join(str(len(group)) for group in groups.values())
+            self._note(f"{len(groups)} groups differ in base, precision or speed settings and train apart: {sizes}")
+        for group in groups.values():
+            if self.interrupt:
+                return
+            model, tokenizer = open_base(self.configs[group[0].name])
+            self._data.clear()
+            self._check_targets(group, model)
+            for batch in self._apart(group, next(model.parameters()).device):
+                self._pool(batch, model, tokenizer, share)
+            if BANK in model.__dict__:
+                detach(model)
+
+    def _check_targets(self, trials: Iterable[Trial], model: torch.nn.Module) -> None:
+        """Find out before anything trains what cannot be attached."""
+        for trial in trials:
+            config = self.configs[trial.name].adapter.model_copy(update={"adalora": None})
+            if not config.new_tokens and not isinstance(config.invocation, str):
+                try:
+                    planned(model, config)
+                except VeneerError as error:
+                    raise type(error)(f"{trial.name}: {error}") from None
+
+    def _apart(self, trials: list[Trial], device: torch.device) -> Iterable[list[Trial]]:
+        """Those that train together, and then the others one by one, among them those that turn out to have to."""
+        for trial in trials:
+            trial.alone = trial.alone or lone_reason(self.configs[trial.name], device) or ""
+        if shared := [trial for trial in trials if not trial.alone]:
+            yield shared
+        for trial in [trial for trial in trials if trial.alone and not self.interrupt]:
+            self._note(f"{trial.name} trains by itself: {trial.alone}")
+            yield [trial]
+
+    def _pool(self, trials: list[Trial], model: torch.nn.Module, tokenizer: Any, share: float) -> None:
+        waiting = deque(trials)
+        with Pool(model, tokens=self.options.tokens, note=self._note) as pool:
+            while (waiting or pool.lanes) and not self.interrupt:
+                while waiting and len(pool.lanes) < self.at_once:
+                    self._enter(pool, waiting, model, tokenizer, share)
+                if not pool.lanes:
+                    continue
+                for lane in pool.tick():
+                    self._left(lane)
+            for lane in pool.lanes:
+                lane.leave("paused")
+                self._left(lane)
+        self.write()
+
+    def _enter(self, pool: Pool, waiting: deque[Trial], model: Any, tokenizer: Any, share: float) -> None:
+        """Put the next trial into the pool, where memory allows."""
+        trial = waiting.popleft()
+        lane = self._lane(trial, {lane.name for lane in pool.lanes}, model, tokenizer)
+        total = lane.setup.total_steps(lane.config.train)
+        lane.until = max(1, math.ceil(total * share)) if share < 1 else None
+        try:
+            reason = pool.add(lane, resume=started(lane.out))
+        except torch.OutOfMemoryError:
+            if not pool.lanes:
+                raise
+            if lane.name in get_bank(model).entries:
+                get_bank(model).remove(lane.name)
+            torch.cuda.empty_cache()
+            waiting.appendleft(trial)
+            self.at_once = len(pool.lanes)
+            self._note(f"warning: no more than {self.at_once} adapters fit into memory at once")
+            return
+        trial.total_steps = total
+        if reason is not None:
+            trial.alone = reason
+
+    def _lane(self, trial: Trial, taken: set[str], model: torch.nn.Module, tokenizer: Any) -> Lane:
+        config = self.configs[trial.name]
+        key = json.dumps([config.data.model_dump(), config.data.heldout_fraction and config.seed], default=str)
+        if key not in self._data:
+            self._data[key] = with_data(config, model, tokenizer, self._note)
+
+        def observe(record: dict[str, Any]) -> None:
+            self.observe(record | {"run": trial.name})
+
+        # The first free name, so that blocks which were compiled for an adapter of these ranks serve the next one too.
+        name = next(name for name in (f"lane{i}" for i in count()) if name not in taken)
+        return Lane(config, name, replace(self._data[key]), observe, alone=bool(trial.alone))
+
+    def _left(self, lane: Lane) -> None:
+        """Note how a trial stands now that it has left the pool."""
+        trial = next(trial for trial in self.trials if self.configs[trial.name] is lane.config)
+        trial.step, trial.seconds, trial.reason = lane.state.step, lane.state.seconds, lane.reason
+        trial.loss, heldout = last_losses(lane.out)
+        trial.heldout = lane.state.best_loss if lane.status == "early" else heldout
+        trial.status = lane.status if lane.status in OVER else "waiting"
+        if lane.rung_loss is not None:
+            trial.heldout = lane.rung_loss
+            trial.rungs.append(lane.rung_loss)
+        if trial.status == "diverged":
+            self._note(f"warning: {trial.name} diverged and left: {trial.reason}")
+        self.write()
+
+    def _cut(self, share: float) -> None:
+        """Stop the worse half of the trials that are still in the race."""
+        racing = [t for t in self.trials if t.status != "stopped"]
+        going = set(better_half({t.name: t.score for t in racing}))
+        for trial in racing:
+            if trial.name not in going and trial.status not in OVER:
+                trial.status = "stopped"
+                trial.reason = f"in the worse half by held-out loss at {share:.3g} of its steps"
+                keep_adapter(self.out / trial.name)
+        self.cuts += 1
+        self._note(f"at {share:.3g} of the steps: {len(going)} of {len(racing)} go on")
+        self.write()
+
+    def _note(self, text: str) -> None:
+        self.observe({"type": "note", "text": text})
+
+
+def started(run: Path) -> bool:
+    """Whether a run can be resumed; one that was killed before it had written its start is cleared away."""
+    if (run / "provenance.json").exists():
+        return True
+    shutil.rmtree(run, ignore_errors=True)
+    return False
+
+
+def keep_adapter(run: Path) -> None:
+    """Give a run that was stopped on its way the adapter of its newest checkpoint."""
+    if (found := checkpoints(run)) and not (run / "adapter").exists():
+        with new_directory(run / "adapter") as folder:
+            shutil.copytree(found[-1] / "adapter", folder, dirs_exist_ok=True)
+
+
+def train_many(
+    config: dict[str, Any] | str | Path,
+    *,
+    at_once: int = 8,
+    tokens: int | None = None,
+    resume: bool = False,
+    observe: Observer | None = None,
+) -> Sweep:
+    """Train the `adapters` that a configuration (a mapping or a YAML file) lists, together on one base.
+
+    `at_once` train together and `tokens` bounds a pass, as in `Sweep`. Each has its run directory in the configuration's
+    `out`; how they ended is in the result's `trials`.
+    """
+    values = dict(config) if isinstance(config, dict) else read_yaml(config)
+    shared, trials = listed(values)
+    if not shared.get("out"):
+        raise ConfigError("configuration key 'out' is required: the folder of the adapters' runs")
+    out = Path(shared["out"])
+    if resume:
+        return Sweep.load(out, observe=observe).run(resume=True)
+    options = SweepOptions("list", at_once, tokens)
+    return Sweep(out, shared, trials, options, observe=observe).run()

@@ -1,0 +1,84 @@
+"""Serving on a GPU: kernels against their twins, and captured steps against each adapter alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from serve.served import Alone, ask, engine_of, read, write
+from serve.test_grouped import factors, loops, served_inputs
+
+from conftest import CORPUS, tiny_llama
+from veneer.kernels import grouped, served
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@DTYPES
+@pytest.mark.parametrize("d_in, d_out, rank", [(252, 507, 16), (4096, 1024, 64), (14336, 4096, 16)])
+def test_shrink_and_expand_are_their_twins(dtype, d_in, d_out, rank):
+    x, A, B, y, where, weights = served_inputs(dtype, "cuda", d_in=d_in, d_out=d_out, rank=rank)
+    got, twin, before = y.clone(), y.clone(), y.clone()
+    served.expand(served.shrink(x, A, where), B, where, weights, rank, got)
+    served.expand_twin(served.shrink_twin(x, A, where), B, where, weights, rank, twin)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (got.float() - twin.float()).abs().max() <= tolerance * twin.float().abs().max()
+    assert torch.equal(got[1], before[1])
+
+
+@DTYPES
+@pytest.mark.parametrize("K, G, D, C", [(2, 3, 6, 130), (8, 4, 128, 2048), (3, 1, 64, 257)])
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_over_slots_is_its_twin(dtype, K, G, D, C, window):
+    g = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(4, K, G, D, generator=g, device="cuda").to(dtype)
+    keys, values = (torch.randn(5, K, C, D, generator=g, device="cuda").to(dtype) for _ in range(2))
+    slots, positions = torch.tensor([3, 0, 4, 1]).cuda(), torch.tensor([0, C - 1, 64, 17]).cuda()
+    got = served.attend(q, keys, values, slots, positions, D**-0.5, window)
+    twin = served.attend_twin(q, keys, values, slots, positions, D**-0.5, window)
+    assert (got.float() - twin.float()).abs().max() <= (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def test_grouped_lora_in_one_product():
+    A, B, s = factors([3, 17, 16, 5], 64, 72, torch.bfloat16)
+    A, B = ([t.detach().cuda().requires_grad_() for t in part] for part in (A, B))
+    x = torch.randn(9, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    rows = torch.tensor([2, -1, 0, 2, 0, 3, -1, 2, 3], device="cuda")
+    if not grouped._grouped_mm_takes(x):
+        pytest.skip("this torch has no grouped_mm")
+    out, truth = grouped.grouped_lora(x, A, B, s, rows), loops(x, A, B, s, rows)
+    assert (out - truth).abs().max() <= 3e-2 * truth.abs().max()
+    used = [x, *A[:1], *A[2:], *B[:1], *B[2:]]
+    for mine, true in zip(torch.autograd.grad(out.float().sum(), used), torch.autograd.grad(truth.sum(), used)):
+        assert (mine.float() - true.float()).abs().max() <= 5e-2 * true.float().abs().max()
+
+
+def test_captured_steps_answer_as_each_adapter_alone(tokenizer, tmp_path):
+    for name, seed, rank, targets in (("a", 1, 3, "qv"), ("b", 2, 8, "all"), ("c", 3, 5, "mlp")):
+        write(tmp_path / name, seed, rank=rank, targets=targets)
+    alone = Alone(tokenizer, {name: tmp_path / name for name in "abc"}, tiny_llama().cuda())
+    engine, _ = engine_of(
+        tokenizer, tmp_path, tiny_llama().cuda(), adapters="abc", registry={"device_slots": 2, "host_slots": 1}, slots=9
+    )
+    rng, asked = random.Random(0), []
+    stacks = [(), (("a", 1.0),), (("b", 1.0),), (("c", 1.0),), (("a", 0.7), ("b", -0.3))]
+    for _ in range(40):
+        text, stack, new = rng.choice(CORPUS)[: rng.randrange(4, 60)], rng.choice(stacks), rng.randrange(1, 25)
+        asked.append((stack, text, new, ask(engine, text, new, stack)))
+    for stack, text, new, ticket in asked:
+        assert read(ticket) == alone(stack, text, new)
+    assert engine.runner.captures and any(room for _, room in engine.runner.steps)
+    engine.shutdown(5)
+
+
+def test_rows_without_an_adapter_are_bit_equal_to_the_base(tokenizer, tmp_path):
+    write(tmp_path / "a", 1)
+    engine, _ = engine_of(tokenizer, tmp_path, tiny_llama().cuda().bfloat16(), adapters="a", slots=4)
+    read(ask(engine, "warm", 2, [("a", 1.0)]))
+    rows = [(0, 5, 7, ()), (1, 5, 8, ((0, 1.0),)), (2, 5, 9, ())]
+    mixed = engine.runner.tokens(rows).clone()
+    plain = engine.runner.tokens([(slot, at, token, ()) for slot, at, token, _ in rows]).clone()
+    assert torch.equal(mixed[[0, 2]], plain[[0, 2]]) and not torch.equal(mixed[1], plain[1])
+    engine.shutdown(5)

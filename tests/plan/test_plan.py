@@ -1,0 +1,264 @@
+"""A plan's arithmetic against what real tiny models hold and keep, and what it promises of a budget."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+from conformance.models import ARCHITECTURES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+
+import veneer
+from veneer.base.quant import quantise
+from veneer.config import AdapterConfig, OptimConfig, parse_size
+from veneer.errors import BaseModelError, ConfigError, PlanError
+from veneer.plan import bytes as size
+from veneer.plan import constants
+from veneer.plan.devices import CARDS, CPU
+from veneer.plan.fit import AXES, Budget, Wish, find, options
+from veneer.plan.here import machine
+from veneer.plan.profile import profile
+from veneer.plan.roofline import step
+from veneer.training.bench import veneer_step
+
+BY_NAME = {a.name: a for a in ARCHITECTURES}
+SHAPE = dict(vocab_size=301, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+
+
+def llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | changes, architectures=["LlamaForCausalLM"])).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """`planned(rank=…, layers=…)`: the profile of the tiny Llama from its config.json."""
+    made = {}
+
+    def make(rank=4, layers=3, rows="split", dtype="float32"):
+        key = rank, layers, rows, dtype
+        if key not in made:
+            folder = tmp_path_factory.mktemp("config")
+            llama(num_hidden_layers=layers).config.save_pretrained(folder)
+            made[key] = profile(folder, AdapterConfig(rank=rank), dtype=dtype, rows=rows)
+        return made[key]
+
+    return make
+
+
+def held_bytes(model):
+    every = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            every[id(p)] = p.numel() * p.element_size()
+            state = getattr(p, "quant_state", None)
+            if state is not None:
+                parts = [state.absmax, state.state2.absmax]
+                every[id(p)] += sum(t.numel() * t.element_size() for t in parts)
+        every |= {id(b): b.numel() * b.element_size() for b in module.buffers(recurse=False)}
+    return sum(every.values())
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_are_those_of_a_real_model(quant, tied, tmp_path):
+    if quant != "none":
+        pytest.importorskip("bitsandbytes")
+    model = llama(tie_word_embeddings=tied, hidden_size=64, intermediate_size=128)
+    model.config.save_pretrained(tmp_path)
+    said = profile(tmp_path, AdapterConfig(rank=4), dtype="float32")
+    assert said.numbers == sum(p.numel() for p in {id(p): p for p in [*model.parameters(), *model.buffers()]}.values())
+    setting = size.Setting(quant, "keep", 64, 64, 64)
+    if quant != "none":
+        quantise(model, quant, torch.float32, "cpu")
+    real = held_bytes(model)
+    if quant == "int8":  # a float32 for each row, which `packed` takes as one for 4096 numbers
+        assert size.base_bytes(said, setting) == pytest.approx(real, rel=0.02)
+    else:
+        assert abs(size.base_bytes(said, setting) - real) <= 8 * len(said.blocks) * len(said.blocks[0].linears)
+
+
+def test_the_adapter_is_that_of_a_real_model(planned):
+    model = llama()
+    bank = veneer.attach(model, AdapterConfig(rank=4))
+    tensors = bank.parameters("default").values()
+    said = planned()
+    assert said.adapter_bytes == said.trained_bytes == sum(p.numel() * p.element_size() for p in tensors)
+    assert said.trained == sum(p.numel() for p in tensors)
+
+
+def saved_bytes(dial, tokens):
+    """What autograd saves in a real step: bytes of distinct storages that are not the model's."""
+    model, found = llama(), {}
+    train = OptimConfig(checkpointing=dial, compile="off", micro_batch_tokens=max(16, tokens))
+    with ExitStack() as stack:
+        take, _ = veneer_step(model, AdapterConfig(rank=4), train, [tokens], stack)
+        own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+        held = []
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own and tensor.is_floating_point():
+                held.append(tensor)  # so that no address is used twice
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        backward = torch.Tensor.backward
+        with saved_tensors_hooks(pack, lambda tensor: tensor), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "backward", lambda loss: (held.append(sum(found.values())), backward(loss)))
+            take()
+    return next(x for x in held if isinstance(x, int))
+
+
+@pytest.mark.parametrize("dial", ["keep", "recompute"])
+@pytest.mark.parametrize("tokens", [37, 150])
+def test_kept_activations_are_what_autograd_saves(planned, dial, tokens):
+    said, real = planned(), saved_bytes(dial, tokens)
+    kept = sum(size.kept_bytes(block, dial, tokens, False)[0] for block in said.blocks)
+    # Before the blocks there are positions and the embedding, after them the norm's float32 copy and the loss's gradient.
+    outside = said.embed_kept(tokens) + said.head_end(tokens)
+    row = tokens * SHAPE["hidden_size"] * 4
+    if dial == "keep":
+        assert kept <= real + 2 * row and real <= kept + outside + row
+        assert kept == pytest.approx(real, rel=0.12)
+    else:
+        assert real == pytest.approx(kept + 2 * row, abs=3 * row)  # the blocks' inputs, and what comes after them
+
+
+@given(tokens=st.integers(16, 5000), more=st.integers(1, 5000), dial=st.sampled_from(AXES["dial"]), cuda=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_more_tokens_need_no_less(planned, tokens, more, dial, cuda):
+    said = planned(rows="equal", dtype="bfloat16")
+    one = size.Setting("none", dial, tokens, tokens, tokens, compile=cuda)
+    two = replace(one, micro_tokens=tokens + more, sequence=tokens + more, tokens=tokens + more)
+    needs = [size.need(said, s, cuda=cuda) for s in (one, two)]
+    away = dial.endswith("offload") and said.blocks[0].inputs(tokens) < constants.SMALL
+    assert needs[0].total <= needs[1].total + (needs[0].kept if away else 0)
+    assert step(said, one, CPU).total <= step(said, two, CPU).total
+
+
+@pytest.mark.parametrize("dial", AXES["dial"])
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_more_layers_and_higher_ranks_need_no_less(planned, dial, quant):
+    setting = size.Setting(quant, dial, 256, 256, 1024)
+    by_layers = [size.need(planned(layers=n), setting).total for n in (2, 3, 6)]
+    by_rank = [size.need(planned(rank=r), setting).total for r in (2, 4, 16)]
+    assert by_layers == sorted(by_layers) and by_layers[0] < by_layers[-1]
+    assert by_rank == sorted(by_rank) and by_rank[0] < by_rank[-1]
+    times = [step(planned(layers=n), setting, CPU).total for n in (2, 3, 6)]
+    assert times == sorted(times)
+
+
+def test_the_dial_saves_memory_and_the_parts_add_up(planned):
+    said = planned(rows="equal", dtype="bfloat16")
+    needs = {d: size.need(said, size.Setting("none", d, 16384, 1024, 16384)) for d in AXES["dial"]}
+    assert needs["keep"].total > needs["recompute"].total > needs["recompute-offload"].total
+    assert needs["recompute-offload"].host > needs["recompute"].host
+    for need in needs.values():
+        values = need.as_dict()
+        parts = ("base", "adapter", "gradients", "optimizer", "kept", "work", "head", "workspace")
+        assert values["allocated"] == pytest.approx(sum(values[key] for key in parts), abs=len(parts))
+        assert values["total"] == pytest.approx(values["allocated"] + values["slack"] + values["context"], abs=3)
+
+
+@given(budget=st.floats(6.2e8, 3e9), host=st.none() | st.floats(3e9, 5e9), compile=st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_plan_never_exceeds_its_budget(planned, budget, host, compile):
+    said = planned(rows="equal", dtype="bfloat16")
+    wish = Wish(512, 65536, {}, compile)
+    try:
+        plan = find(said, Budget(budget, host), CARDS[0].rates, wish)
+    except PlanError as error:
+        every = options(said, Budget(budget, host), CARDS[0].rates, wish)
+        assert all(option.reason for option in every) and "\n" not in str(error)
+        return
+    for option in [plan.chosen, *plan.runners_up]:
+        assert option.need.total * (1 + constants.MARGIN) <= budget
+        assert host is None or option.need.host <= host
+    needs = [plan.chosen.need.allocated, *[option.need.allocated for option in plan.steps_down]]
+    assert needs == sorted(needs, reverse=True)
+    json.dumps(plan.as_dict())
+
+
+def test_what_the_user_fixed_stays(planned):
+    said = planned(rows="equal", dtype="bfloat16")
+    fixed = {"dial": "recompute", "quant": "nf4", "micro_tokens": 512, "optimizer": "adamw-8bit", "stream": "off"}
+    chosen = find(said, Budget(4e9), CARDS[0].rates, Wish(512, 4096, fixed)).chosen.setting
+    assert {axis: getattr(chosen, axis) for axis in fixed} == fixed
+
+
+def test_nothing_fits_says_the_least_and_what_to_change(planned):
+    said = planned(rows="equal", dtype="bfloat16")
+    wish = Wish(65536, 65536, {"dial": "keep", "stream": "off"})
+    least = {}
+    for option in options(said, Budget(1e12), CARDS[0].rates, replace(wish, fixed={"stream": "off"})):
+        dial, total = option.setting.dial, option.need.total * (1 + constants.MARGIN)
+        least[dial] = min(total, least.get(dial, total))
+    with pytest.raises(PlanError) as raised:
+        find(said, Budget((least["keep"] + least["recompute"]) / 2), CARDS[0].rates, wish)
+    text = str(raised.value)
+    assert text.startswith("nothing fits ") and "the least is " in text and "it fits with train.checkpointing: " in text
+    with pytest.raises(PlanError, match="--seq"):
+        find(said, Budget(8e8), CARDS[0].rates, replace(wish, fixed={}, sequence=900_000, tokens=900_000))
+    with pytest.raises(PlanError, match="of host memory"):
+        find(said, Budget(8e9, 1e9), CARDS[0].rates, replace(wish, sequence=512, fixed={}))
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3", "GPT-NeoX", "OPT"])
+def test_other_architectures_can_be_planned_for(name, tmp_path):
+    model = BY_NAME[name].model()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    said = profile(tmp_path, AdapterConfig(rank=2), rows="split")
+    assert len(said.blocks) == 2 and all(block.kept(64) > block.inputs(64) for block in said.blocks)
+
+
+def test_experts_can_be_planned_for(tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    small = SHAPE | {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**small, head_dim=16, architectures=["Qwen3MoeForCausalLM"]))
+    model.config.save_pretrained(tmp_path)
+    said = profile(tmp_path, AdapterConfig(rank=2), dtype="bfloat16")
+    assert said.numbers == sum(p.numel() for p in [*model.parameters(), *model.buffers()])
+    experts = 3 * 64 * 32 * 4  # fused, so no quantisation takes them
+    assert said.blocks[1].other > experts
+    routed = 2 * 3 * 64 * 32 * 2  # FLOPs of a token in two of them
+    assert sum(op.flops.slope for op in said.blocks[1].forward_ops) > routed
+
+
+def test_a_model_without_a_head_is_refused(tmp_path):
+    model = BY_NAME["ViT, image classification"].model()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError):
+        profile(tmp_path, AdapterConfig(rank=2))
+
+
+@pytest.mark.parametrize("text, value", [("8GB", 8_000_000_000), ("7.5 GiB", 8053063680), ("2g", 2_000_000_000)])
+def test_sizes(text, value):
+    assert parse_size(text) == value
+    assert OptimConfig(vram=text).vram == value
+
+
+@pytest.mark.parametrize("text", ["8 bananas", "8", "-8GB", "", "GB", 12])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ConfigError, match="train.vram|vram"):
+        OptimConfig(vram=text)
+
+
+def test_a_machine_without_a_gpu_plans_for_a_card():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    here = machine("auto", 8e9, 32e9)
+    assert here.budget.cuda and here.budget.host == 32e9 and here.dtype == "bfloat16"
+    assert not machine("auto", None, None).budget.cuda
+    with pytest.raises(ConfigError, match="--vram"):
+        machine("cuda", None, None)

@@ -1,0 +1,148 @@
+"""grouped_lora's fast path, and the kernels of a served step, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veneer.kernels import dispatch, grouped, reference, served
+from veneer.serve.pool import Stack
+from veneer.serve.routing import Rows, Segments, plan_rows
+
+
+def factors(ranks, d_in, d_out, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    A = [torch.randn(r, d_in, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for r in ranks]
+    B = [torch.randn(d_out, r, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for r in ranks]
+    return A, B, [0.5 + n for n in range(len(ranks))]
+
+
+def loops(x, A, B, s, rows):
+    """The definition in float64, row by row."""
+    out = []
+    for row, n in zip(x.double(), rows.tolist()):
+        out.append(row @ A[n].double().t() @ B[n].double().t() * s[n] if n >= 0 else row.new_zeros(*row.shape[:-1], B[0].shape[0]) + 0 * row.sum())  # fmt: skip # noqa: E501
+    return torch.stack(out)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.integers(-1, 3), min_size=1, max_size=9),
+    ranks=st.lists(st.integers(1, 7), min_size=4, max_size=4),
+    tokens=st.sampled_from([(), (1,), (3,), (2, 2)]),
+)
+def test_forward_and_backward_are_the_definition(rows, ranks, tokens):
+    A, B, s = factors(ranks, 11, 5)
+    x = torch.randn(len(rows), *tokens, 11, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    rows = torch.tensor(rows)
+    weight = torch.randn(len(rows), *tokens, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs = [x, *A, *B]
+    truth = loops(x, A, B, s, rows)
+    wanted = torch.autograd.grad((truth * weight).sum(), inputs, allow_unused=True)
+    out = dispatch.grouped_lora(x, A, B, s, rows, impl="fast")
+    assert (out - truth).abs().max() <= 1e-5 * truth.abs().max().clamp(min=1)
+    assert torch.equal(out[rows < 0], torch.zeros_like(out[rows < 0]))
+    if (rows < 0).all():
+        return
+    got = torch.autograd.grad((out * weight).sum(), inputs, allow_unused=True)
+    for mine, true in zip(got, wanted):
+        true = torch.zeros(()) if true is None else true
+        mine = torch.zeros_like(true) if mine is None else mine
+        assert (mine - true).abs().max() <= 1e-5 * true.abs().max().clamp(min=1)
+
+
+def test_one_product_for_all_groups_is_the_definition():
+    """The path for GPUs runs on the CPU too."""
+    if not grouped.has_grouped_mm():
+        pytest.skip("this torch has no grouped_mm")
+    A, B, s = factors([3, 17, 16, 5], 24, 40)
+    x = torch.randn(9, 24).requires_grad_()
+    rows = torch.tensor([2, -1, 0, 2, 0, 3, -1, 2, 3])
+    order, runs = grouped.sort_rows(rows, 4)
+    out = grouped._by_grouped_mm(x, A, B, s, order, runs)
+    truth = loops(x, A, B, s, rows)
+    assert (out - truth).abs().max() <= 1e-5 * truth.abs().max()
+    used = [x, *A[:1], *A[2:], *B[:1], *B[2:]]
+    for mine, true in zip(torch.autograd.grad(out.sum(), used), torch.autograd.grad(truth.sum(), used)):
+        assert (mine - true).abs().max() <= 1e-5 * true.abs().max()
+
+
+def stack(places, rank, d_in, d_outs, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    A = torch.randn(places, d_in, len(d_outs) * rank, generator=g)
+    return Stack(A, [torch.randn(places, rank, o, generator=g) for o in d_outs])
+
+
+uses = st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1.0, 1.0, 0.3, -2.0])), max_size=2).map(tuple)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(uses, min_size=1, max_size=8))
+def test_every_plan_gives_each_row_its_adapters_and_leaves_the_base_alone(rows):
+    s = stack(6, 4, 13, (5, 9))
+    x, base = torch.randn(len(rows), 13), [torch.randn(len(rows), o) for o in (5, 9)]
+    device = torch.device("cpu")
+    plans = [plan_rows(rows, device), Segments([(n, n + 1, u) for n, u in enumerate(rows)])]
+    if any(rows):
+        plans.append(Rows(rows, device))
+    else:
+        assert plans.pop(0) is None
+    for plan in plans:
+        hidden = plan.shrink(x, s)
+        for part, y in enumerate(base):
+            truth = y.double().clone()
+            for n, row in enumerate(rows):
+                for place, weight in row:
+                    a, b = s.A[place, :, 4 * part : 4 * part + 4].double(), s.B[part][place].double()
+                    truth[n] += weight * (x[n].double() @ a @ b)
+            got = y.clone()
+            plan.expand(hidden, s.B[part], part, got)
+            assert (got - truth).abs().max() <= 1e-5 * truth.abs().max()
+            plain = [n for n, row in enumerate(rows) if not row]
+            assert torch.equal(got[plain], y[plain])
+
+
+def served_inputs(dtype, device="cpu", rows=5, stacked=3, d_in=252, d_out=507, rank=16, places=4):
+    g = torch.Generator().manual_seed(0)
+    where = torch.randint(0, places, (rows, stacked), generator=g)
+    where[1], where[0, 1:] = -1, -1
+    numbers = torch.randn(rows, d_in, generator=g), torch.randn(places, d_in, 3 * rank, generator=g)
+    numbers += torch.randn(places, rank, d_out, generator=g), torch.randn(rows, d_out, generator=g)
+    x, A, B, y = (t.to(device, dtype) for t in numbers)
+    return x, A, B, y, where.to(device), torch.rand(rows, stacked, generator=g).to(device)
+
+
+def test_the_twins_of_the_served_step_are_its_definition():
+    """Shrink and expand together are Σ w B A x; attention over slots is softmax over each slot's own keys."""
+    x, A, B, y, where, weights = served_inputs(torch.float32)
+    out = y.clone()
+    served.expand_twin(served.shrink_twin(x, A, where), B, where, weights, 16, out)
+    truth = y.double().clone()
+    for b in range(5):
+        for u in range(3):
+            if (n := int(where[b, u])) >= 0:
+                truth[b] += float(weights[b, u]) * (x[b].double() @ A[n, :, 16:32].double() @ B[n].double())
+    assert (out - truth).abs().max() <= 1e-5 * truth.abs().max()
+    assert torch.equal(out[1], y[1])
+    q, keys, values = torch.randn(3, 2, 4, 8), torch.randn(4, 2, 30, 8), torch.randn(4, 2, 30, 8)
+    slots, positions = torch.tensor([2, 0, 3]), torch.tensor([0, 29, 11])
+    for window in (None, 5):
+        got = served.attend_twin(q, keys, values, slots, positions, 0.3, window)
+        for b, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist())):
+            first = 0 if window is None else max(0, position + 1 - window)
+            k, v = keys[slot, :, first : position + 1].double(), values[slot, :, first : position + 1].double()
+            p = (torch.einsum("kgd,kcd->kgc", q[b].double(), k) * 0.3).softmax(-1)
+            assert (got[b] - torch.einsum("kgc,kcd->kgd", p, v)).abs().max() < 1e-5
+
+
+def test_linear_routes_through_the_fast_path():
+    A, B, s = factors([2, 3], 6, 4)
+    x, rows = torch.randn(3, 2, 6), torch.tensor([1, -1, 0])
+    assert torch.equal(
+        dispatch.grouped_lora(x, A, B, s), reference.grouped_lora(x, A, B, s)
+    )  # a sum over all has no rows to sort
+    with pytest.raises(ValueError, match="every row"):
+        dispatch.grouped_lora(x, A, B, s, impl="fast")
+    torch.testing.assert_close(dispatch.grouped_lora(x, A, B, s, rows), reference.grouped_lora(x, A, B, s, rows))

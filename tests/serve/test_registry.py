@@ -1,0 +1,164 @@
+"""What may be loaded, from where, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from serve.served import write
+
+import veneer
+from conftest import tiny_llama
+from veneer.errors import AdapterFormatError, WrongBaseError
+from veneer.serve import AdapterExists, AdapterRefused, Registry, ServeError, UnknownAdapter
+
+
+@pytest.fixture
+def inside(tmp_path):
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    write(folder / "a", 1)
+    return folder
+
+
+@pytest.fixture
+def registry(inside):
+    registry = Registry(tiny_llama(), allowed=[inside], max_rank=8)
+    yield registry
+    registry.close()
+
+
+def test_a_loaded_adapter_is_known(registry, inside):
+    info = registry.load("x.1_b-c", "a", pinned=True)
+    assert info == registry.info("x.1_b-c")
+    assert (info.path, info.rank, info.targets, info.pinned, info.tier) == (inside / "a", 4, 14, True, "host")
+    assert registry.load("other", inside / "a").content == info.content
+    assert registry.names() == ["x.1_b-c", "other"]
+    assert len(registry._contents) == 1
+    registry.unload("x.1_b-c")
+    assert registry.names() == ["other"] and registry.tiers()["host"] == 1
+    with pytest.raises(UnknownAdapter, match="there are: other"):
+        registry.unload("x.1_b-c")
+    with pytest.raises(AdapterExists):
+        registry.load("other", "a")
+
+
+def test_factors_are_packed_as_they_act(registry, inside):
+    registry.load("a", "a")
+    model = tiny_llama()
+    bank = veneer.load_adapter(model, inside / "a", name="a")
+    content = registry._names["a"]
+    for path, (a, b) in content.factors(content.host).items():
+        delta = bank.layers[path].delta("a")
+        assert (b.t() @ a.t() - delta).abs().max() <= 1e-5 * delta.abs().max()
+
+
+def test_the_content_hash_is_of_what_acts(registry, inside):
+    first = registry.load("a", "a").content
+    write(inside / "same", 1), write(inside / "other", 2)
+    assert registry.load("b", "same").content == first != registry.load("c", "other").content
+    fields = json.loads((inside / "same" / "adapter_config.json").read_text())
+    (inside / "same" / "adapter_config.json").write_text(json.dumps(fields | {"lora_alpha": 99}))
+    assert registry.load("d", "same").content != first
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", "a b", "-a", "a;rm", "x" * 129, "a\n", "base:a", "a+b", "a*2"])
+def test_names_that_are_refused(registry, name):
+    with pytest.raises(AdapterRefused, match="name"):
+        registry.load(name, "a")
+
+
+def test_paths_outside_are_refused_and_do_not_say_what_is_there(registry, inside, tmp_path):
+    write(tmp_path / "outside", 1)
+    (inside / "link").symlink_to(tmp_path / "outside")
+    os.makedirs(inside / "files")
+    for file in (tmp_path / "outside").iterdir():
+        (inside / "files" / file.name).symlink_to(file)
+    for path in (
+        "../outside",
+        str(tmp_path / "outside"),
+        "link",
+        "a/../../outside",
+        "/etc",
+        "nothing",
+        "",
+        "a\0",
+        "~",
+        "x" * 5000,
+    ):
+        with pytest.raises(AdapterRefused) as refused:
+            registry.load("x", path)
+        assert str(tmp_path) not in str(refused.value)
+    with pytest.raises(AdapterRefused, match="outside"):
+        registry.load("x", "files")
+
+
+def test_limits(registry, inside):
+    write(inside / "large", 1, rank=9)
+    with pytest.raises(AdapterRefused, match="rank 9"):
+        registry.load("x", "large")
+    registry.max_bytes = 1000
+    with pytest.raises(AdapterRefused, match="bytes"):
+        registry.load("x", "a")
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"bias": "lora_only"}, "bias"),
+    ],
+)
+def test_what_rows_cannot_share_is_refused(registry, inside, options, reason):
+    model = tiny_llama(attention_bias=True)
+    if "modules_to_save" in options:
+        model = tiny_llama(attention_bias=True, tie_word_embeddings=False)
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=2, alpha=2, target_modules=["q_proj"], **options))
+    assert bank
+    veneer.save_adapter(model, inside / "odd")
+    (inside / "odd" / "veneer.json").unlink()
+    with pytest.raises(AdapterRefused, match=reason):
+        registry.load("x", "odd")
+
+
+def test_damaged_files_and_other_bases_are_refused(registry, inside):
+    write(inside / "other", 1, model=tiny_llama(seed=5))
+    with pytest.raises(WrongBaseError):
+        registry.load("x", "other")
+    write(inside / "wide", 1, model=tiny_llama(hidden_size=48))
+    (inside / "wide" / "veneer.json").unlink()
+    with pytest.raises(AdapterFormatError, match="factors"):
+        registry.load("x", "wide")
+    (inside / "a" / "adapter_model.safetensors").rename(inside / "a" / "adapter_model.bin")
+    with pytest.raises(AdapterFormatError, match="pickle"):
+        registry.load("x", "a")
+    (inside / "a" / "adapter_model.safetensors").write_bytes(b"\1" * 100)
+    with pytest.raises(AdapterFormatError, match="damaged"):
+        registry.load("x", "a")
+    assert registry.names() == []
+
+
+def test_host_slots_keep_the_ones_asked_for_last(inside):
+    for n in range(2, 5):
+        write(inside / f"a{n}", n)
+    registry = Registry(tiny_llama(), allowed=[inside], host_slots=2)
+    registry.load("p", "a", pinned=True)
+    for n in range(2, 5):
+        registry.load(f"a{n}", f"a{n}")
+    assert [registry.info(name).tier for name in registry.names()] == ["host", "disk", "disk", "host"]
+    held = registry.acquire(["a2"])
+    held[0].loading.result(10)
+    assert registry.ready(held[0]) and torch.isfinite(held[0].host).all()
+    registry.release(held)
+    assert [registry.info(name).tier for name in registry.names()] == ["host", "host", "disk", "disk"]
+    registry.close()
+
+
+def test_a_model_with_adapters_is_refused(inside):
+    model = tiny_llama()
+    veneer.load_adapter(model, inside / "a")
+    with pytest.raises(ServeError, match="bare base"):
+        Registry(model, allowed=[inside])
