@@ -1,7 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`.
 VENV ?= .venv
 
-.PHONY: install demo test test-llama-cpp
+.PHONY: install demo test test-llama-cpp guide docs
 install:
 	@scripts/install.sh $(VENV)
 
@@ -10,10 +10,20 @@ demo: install
 
 test:
 	@scripts/install.sh $(VENV) test
-	@$(VENV)/bin/ruff check src tests benchmarks recipes
-	@$(VENV)/bin/ruff format --check src tests benchmarks recipes
+	@$(VENV)/bin/ruff check src tests benchmarks recipes scripts
+	@$(VENV)/bin/ruff format --check src tests benchmarks recipes scripts
 	@$(VENV)/bin/python -m veneer.data.bundled.generate --check
 	@$(VENV)/bin/python -m pytest -n $${VENEER_TEST_WORKERS:-2} --dist loadfile -m "not gpu and not llama_cpp"
+
+# Run the lessons as their pages show them, and compare what they print (about an hour on two cores).
+guide:
+	@scripts/install.sh $(VENV) test
+	@$(VENV)/bin/python scripts/guide.py check docs/hardware.md docs/guide/*.md
+
+# The documentation as a site, in site/.
+docs:
+	@scripts/install.sh $(VENV) docs
+	@$(VENV)/bin/python -m mkdocs build --strict
 
 # llama.cpp itself runs what Veneer exports: builds llama-cpp-python (C++, about 10 minutes) into a folder of its own.
 LLAMA_CPP ?= .llama-cpp

@@ -1,31 +1,50 @@
-"""MkDocs hook: the page of all commands, made from their own --help."""
+"""MkDocs hook: the page of all commands, made from what their --help is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 from mkdocs.structure.files import File
 
 
-def on_files(files, config):
+def on_files(files: Any, config: Any) -> Any:
     from typer.main import get_command
 
     from veneer.cli.main import app
 
-    parts = ["# Commands\n\nWhat `veneer COMMAND --help` says.\n"]
-    root = get_command(app)
-    for name, command in root.commands.items():
-        for path, one in [(name, command)] if not hasattr(command, "commands") else [
-            (f"{name} {sub}", inner) for sub, inner in command.commands.items()
-        ]:
-            parts.append(_page(path, one))
-    files.append(File.generated(config, "cli.md", content="\n".join(parts)))
+    pages = (page(name, command) for name, command in commands("veneer", get_command(app)))
+    head = "# Commands\n\nEach page of `veneer COMMAND --help`, in one place.\n\n"
+    files.append(File.generated(config, "cli.md", content=head + "\n".join(pages)))
     return files
 
 
-def _page(name, command):
-    arguments = " ".join(p.make_metavar(None) if False else (p.metavar or p.name).upper() for p in command.params if p.param_type_name == "argument")
-    lines = [f"## veneer {name}\n", (command.help or "").replace("\n", " ") + "\n", f"    veneer {name} {arguments} [OPTIONS]\n"]
-    lines += ["| option | |", "|---|---|"]
-    for p in command.params:
-        said = (getattr(p, "help", "") or "").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-        names = f"`{(p.metavar or p.name).upper()}`" if p.param_type_name == "argument" else ", ".join(f"`{o}`" for o in [*p.opts, *p.secondary_opts])
-        default = p.default if isinstance(p.default, (int, float, str)) and not isinstance(p.default, bool) else None
-        lines.append(f"| {names} | {said}" + (f" Default: {default}." if default not in (None, "") else "") + " |")
-    return "\n".join(lines) + "\n"
+def commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """A command and, of a group, those inside it."""
+    for part, one in getattr(command, "commands", {}).items():
+        yield from commands(f"{name} {part}", one)
+    if not hasattr(command, "commands"):
+        yield name, command
+
+
+def page(name: str, command: Any) -> str:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    shown = " ".join(label(p) for p in arguments)
+    rows = [row(p, label(p)) for p in arguments]
+    rows += [row(p, "`, `".join([*p.opts, *p.secondary_opts])) for p in command.params if p not in arguments]
+    usage = f"    {name} {shown} [OPTIONS]".replace("  [", " [")
+    return "\n".join(
+        [f"## {name}\n", (command.help or "").strip() + "\n", usage + "\n", "| | |", "|---|---|", *rows, ""]
+    )
+
+
+def label(argument: Any) -> str:
+    return argument.metavar or argument.name.upper()
+
+
+def row(parameter: Any, name: str) -> str:
+    said = (getattr(parameter, "help", None) or "").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    value = parameter.default
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool) and value != "":
+        said += f" Default: {value}."
+    return f"| `{name}` | {said}{' Required.' if parameter.required else ''} |"

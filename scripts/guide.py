@@ -29,7 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENVIRONMENT = {"COLUMNS": "100", "NO_COLOR": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-FENCE = re.compile(r"(?:^<!-- guide: (?P<note>.*?) -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```\n", re.M | re.S)
+FENCE = re.compile(
+    r"(?:^<!-- guide: (?P<note>.*?) -->\n)?^```(?P<language>python|bash)\n(?P<code>.*?)^```\n", re.M | re.S
+)
 OUTPUT = re.compile(r"\n*^```text\n(?P<text>.*?)^```\n", re.M | re.S)
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 MODEL = "smollm2-135m-instruct"

@@ -126,7 +126,9 @@ def prepare(
             break
     if total.supervised_tokens == 0:
         why = "; ".join(f"{number} {reason}" for reason, number in total.dropped.items()) or "no examples"
-        raise DataError(f"no supervised token in {total.read} examples ({why}): there is nothing to learn from")
+        cut = any(reason.endswith("max_length") for reason in total.dropped)
+        fix = f"raise max_length, which is {max_length}" if cut else "there is nothing to learn from"
+        raise DataError(f"no supervised token in {total.read} examples ({why}): {fix}")
     total.skipped = done["skipped"] if done and stream is None else getattr(examples, "skipped", 0)
     if folder:
         write_text(folder / "done.json", json.dumps({"shards": n, "skipped": total.skipped}) + "\n")
