@@ -23,7 +23,7 @@ guide:
 # The documentation as a site, in site/.
 docs:
 	@scripts/install.sh $(VENV) docs
-	@$(VENV)/bin/python -m mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 # llama.cpp itself runs what Veneer exports: builds llama-cpp-python (C++, about 10 minutes) into a folder of its own.
 LLAMA_CPP ?= .llama-cpp
