@@ -250,6 +250,9 @@ def gpu_worker(cases: list[Case], until: float) -> None:
                 base, key = build(case, "cuda"), own
             record |= predicted(case, rates, True)
             clean()
+            record["left_over"] = torch.cuda.memory_allocated() - held_bytes(base)
+            if record["left_over"] > 16 << 20:  # what an earlier setting left would count as this one's
+                raise RuntimeError(f"{record['left_over'] / 1e6:.0f} MB of an earlier setting are still allocated")
             torch.cuda.reset_peak_memory_stats()
             with stack:
                 step = step_of(case, base, stack)
@@ -290,6 +293,17 @@ def gpu_worker(cases: list[Case], until: float) -> None:
         clean()
         record["rates"], record["wall_seconds"] = rates.as_dict(), round(time.time() - began, 2)
         say(case, record)
+
+
+def held_bytes(base) -> int:
+    """Bytes of a resident model's tensors on the device, each storage once."""
+    tensors = [t for t in (*base.parameters(), *base.buffers()) if t.is_cuda]
+    states = [getattr(t, "quant_state", None) for t in tensors]
+    for state in (s for s in states if s is not None):
+        tensors += [t for t in (state.absmax, state.code) if t.is_cuda]
+        if state.nested:
+            tensors += [t for t in (state.state2.absmax, state.state2.code, state.offset) if t.is_cuda]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def measured_gpu() -> dict:

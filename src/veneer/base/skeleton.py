@@ -8,7 +8,7 @@ from typing import Any
 from veneer.base.catalog import CATALOG, fetched
 from veneer.base.load import DTYPES, locate, one_line
 from veneer.base.quiet import quiet_transformers
-from veneer.errors import BaseModelError, ConfigError
+from veneer.errors import BaseModelError, ConfigError, VeneerError
 
 
 def skeleton(name_or_path: str | Path, *, dtype: str = "auto", revision: str | None = None) -> Any:
@@ -35,25 +35,38 @@ def skeleton(name_or_path: str | Path, *, dtype: str = "auto", revision: str | N
 def read_config(name: str, revision: str | None = None) -> Any:
     """The transformers configuration of a model; see `skeleton`."""
     from transformers import AutoConfig, PretrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if name in CATALOG and fetched(name) is None:
         values = dict(CATALOG[name].config)
         return AutoConfig.for_model(values.pop("model_type"), **values)
     path = Path(name).expanduser()
     source = locate(str(path.parent) if path.name == "config.json" and path.is_file() else name, revision)
-    if "gguf_file" not in source.options:
-        values, _ = PretrainedConfig.get_config_dict(source.where, **source.options)
-        kind = values.get("model_type")
-        if kind not in CONFIG_MAPPING:
-            if values.get("auto_map"):
-                raise BaseModelError(
-                    f"{name} brings Python code of its own (auto_map), which Veneer does not run: only architectures "
-                    f"that transformers has can be explained"
-                )
-            what = f"model_type {kind!r} is none that this transformers knows" if kind else "it has no model_type"
-            raise BaseModelError(f"{name}: cannot tell the architecture from its configuration: {what}")
-    return AutoConfig.from_pretrained(source.where, trust_remote_code=False, **source.options)
+    try:
+        if "gguf_file" not in source.options:
+            _check_kind(name, PretrainedConfig.get_config_dict(source.where, **source.options)[0])
+        return AutoConfig.from_pretrained(source.where, trust_remote_code=False, **source.options)
+    except (OSError, ValueError) as error:
+        if isinstance(error, VeneerError):
+            raise
+        raise BaseModelError(
+            f"{name}: its configuration cannot be read: {str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+def _check_kind(name: str, values: dict[str, Any]) -> None:
+    """Whether transformers has the architecture. Raises `BaseModelError`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = values.get("model_type")
+    if kind in CONFIG_MAPPING:
+        return
+    if values.get("auto_map"):
+        raise BaseModelError(
+            f"{name} brings Python code of its own (auto_map), which Veneer does not run: only architectures "
+            f"that transformers has can be explained"
+        )
+    what = f"model_type {kind!r} is none that this transformers knows" if kind else "it has no model_type"
+    raise BaseModelError(f"{name}: cannot tell the architecture from its configuration: {what}")
 
 
 def stored_quantisation(config: Any) -> str | None:

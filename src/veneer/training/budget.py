@@ -143,12 +143,13 @@ def hold(vram: float | None, device: torch.device, plan: Plan | None) -> Iterato
         yield
         return
     context = plan.budget.context if plan is not None and plan.budget.context else 0.0
-    total = torch.cuda.mem_get_info(device)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (vram - context) / total)), device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.mem_get_info(index)[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (vram - context) / total)), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def ways_down(config: TrainConfig, plan: Plan | None, cuda: bool, longest: int) -> list[Step]:

@@ -232,7 +232,7 @@ class Sweep:
 
     def _left(self, lane: Lane) -> None:
         """Note how a trial stands now that it has left the pool."""
-        trial = next(trial for trial in self.trials if self.configs[trial.name] is lane.config)
+        trial = next(trial for trial in self.trials if self.configs[trial.name].out == lane.config.out)
         trial.step, trial.seconds, trial.reason = lane.state.step, lane.state.seconds, lane.reason
         trial.loss, heldout = last_losses(lane.out)
         trial.heldout = lane.state.best_loss if lane.status == "early" else heldout
