@@ -12,6 +12,7 @@ from veneer.errors import ConfigError
 ELSEWHERE = {
     "r": "rank",
     "lora_r": "rank",
+    "lora_rank": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "use_rslora": "rslora",
@@ -26,6 +27,11 @@ ELSEWHERE = {
     "base_model": "model",
     "model_name_or_path": "model",
     "output_dir": "out",
+    "max_seq_length": "max_length",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
 }
 """What other tools call a key → its name here."""
 

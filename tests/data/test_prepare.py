@@ -6,7 +6,7 @@ import pytest
 from veneer.data import prepare as module
 from veneer.data.example import Example, Message
 from veneer.data.prepare import prepare
-from veneer.errors import DataError
+from veneer.errors import ConfigError, DataError
 
 
 def chats(count, words=3):
@@ -108,3 +108,10 @@ def test_indexing(tokenizer, calls):
     assert np.array_equal(data[-1].input_ids, data[9].input_ids)
     with pytest.raises(IndexError):
         data[10]
+
+
+def test_without_a_cache_no_hash_is_needed_and_a_cache_needs_one(tokenizer, tmp_path):
+    assert same(prepare(chats(3), tokenizer), run(chats(3), tokenizer))
+    assert prepare(chats(3), tokenizer).key != prepare(chats(3, words=4), tokenizer).key
+    with pytest.raises(ConfigError, match="cache_dir needs content_hash"):
+        prepare(chats(3), tokenizer, cache_dir=tmp_path)

@@ -219,7 +219,7 @@ def test_out_that_cannot_be_used(train, tmp_path):
 
 
 def test_nothing_left_to_learn(train):
-    train(max_length=8, words=["no supervised token", "max_length"])
+    train(max_length=8, words=["no supervised token", "raise max_length, which is 8"])
     train("--set", "data.on_long=drop", max_length=8, words="longer than max_length")
 
 

@@ -139,6 +139,7 @@ def test_a_run_and_its_page(cli, trained, model_dir, tmp_path):
         (["explain", "MODEL", "--targets", "q_porj"], ["q_porj", "q_proj"]),
         (["explain", "MODEL", "--rank", "0"], ["rank"]),
         (["explain", "MODEL", "--set", "adapter.rnk=4"], ["rnk", "did you mean 'rank'"]),
+        (["explain", "MODEL", "--set", "adapter.lora_alpha=4"], ["lora_alpha", "did you mean 'alpha'"]),
         (["explain", "MODEL", "--set", "train.lr=1"], ["train.lr", "settings of the adapter"]),
         (["explain", "MODEL", "--set", "adapter.rank=8", "--set", "adapter.rank.x=8"], ["rank is not a section"]),
         (["explain", "MODEL", "--set", "adapter.new_tokens=[<a>]"], ["tokenizer"]),
