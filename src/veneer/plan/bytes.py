@@ -257,7 +257,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
             work = work_bytes(block, mode, setting, each)
             known[key] = *kept_bytes(block, mode, tokens, setting.compile), work
         kept, sent, work = known[key]
-        travelling = sum(last[-constants.AHEAD + 1 :]) * rows
+        travelling = (sum(last[-constants.AHEAD + 1 :]) + (constants.IN_FLIGHT * sent if cuda else 0.0)) * rows
         peaks.append((here + travelling, work, 0.0, "a block's backward pass"))
         here, away = here + kept * rows, away + sent * rows
         here += 0.0 if cuda else sent * rows  # the host's memory is the device's, and holds both copies

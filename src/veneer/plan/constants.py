@@ -38,6 +38,9 @@ GPU_CHUNK, CPU_CHUNK = 256 * MIB, 64 * MIB
 """Logits of one chunk of the loss: `kernels.cross_entropy`."""
 AHEAD = 2
 """Blocks whose offloaded tensors are on the device at once: `training.store.Host`."""
+IN_FLIGHT = 0.65
+"""What offloading holds on the device besides, in blocks' offloaded tensors: H100, 0.64 of an 8B block's, 0.6 of Qwen3-4B's
+and 0.3 of a 1B's, all uncompiled."""
 SMALL = MIB
 """Tensors below this many bytes are not offloaded: `training.store.SMALL`."""
 STREAM_BUFFERS = 2
