@@ -88,9 +88,13 @@ def gradients(mode, compile, nf4=False):
             if step == 0:
                 for p in parameters.values():
                     p.data -= 0.5 * p.grad
+        for p in parameters.values():
+            p.data -= 0.5 * p.grad
+        with torch.no_grad():  # an evaluation after the update
+            after = model(input_ids=IDS, labels=IDS, use_cache=False).loss
         packed = len(fast.packing.groups)
     assert not notes
-    return loss.detach(), {name: p.grad for name, p in parameters.items()}, packed
+    return (loss.detach(), after), {name: p.grad for name, p in parameters.items()}, packed
 
 
 @pytest.mark.parametrize("mode", ["selective", "recompute"])
@@ -99,6 +103,7 @@ def test_compiled_blocks_give_the_plain_gradients(mode):
     again, found, packed = gradients(mode, True)
     assert (none, packed) == (0, 12)
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    assert abs(loss[1] - loss[0]) > 1e-5 * loss[0]  # or stale factors would not show
     for name, grad in wanted.items():
         assert (found[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 

@@ -105,8 +105,14 @@ class Accelerated:
         block, own = self.blocks[0], type(self.blocks[0]).forward
 
         @wraps(forward)
+        def fresh(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():  # an evaluation, which nobody has announced by `start`
+                self.packing.refresh()
+            return forward(*args, **kwargs)
+
+        @wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            block.forward = forward
+            block.forward = fresh
             with torch.no_grad(), fork_rng([self.device] if self.device.type == "cuda" else []), watch(block) as groups:
                 own(block, *args, **kwargs)
             self.packing.pack([b for b in self.blocks if type(b) is type(block)], groups)
