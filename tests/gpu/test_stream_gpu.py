@@ -45,7 +45,8 @@ def step(model, dial, compile):
     model.train()
     optimizer = FlatOptimizer(parameters, veneer.OptimConfig())
     rows = StreamedRows(model, modes=dial, compile=compile) if streamed else RowModel(model)
-    fast = rows if streamed else Accelerated(model, modes=dial, compile=compile)
+    packs = any(hasattr(part, "quant_state") for part in model.modules())  # as streaming packs: 4-bit linears alone
+    fast = rows if streamed else Accelerated(model, modes=dial, compile=compile, packs=packs)
     random = np.random.default_rng(0)
     data = [TokenizedExample(random.integers(1, 400, n).astype(np.int32), np.ones(n, bool)) for n in (90, 33, 70, 128)]
     packed = rows.pack(data, 128, True)

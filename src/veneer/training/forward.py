@@ -87,7 +87,7 @@ class RowModel:
         self.device, self.dtype = place or (weight.device, weight.dtype)
         self.packing = packing and bool(getattr(model, "_supports_attention_backend", False))
         self.fast_head = True
-        self.varlen = self.device.type == "cuda" and self.dtype != torch.float32 and has_varlen()
+        self.varlen = self.device.type == "cuda" and self.dtype in (torch.float16, torch.bfloat16) and has_varlen()
         self.notes: list[str] = []
         bank = model.__dict__.get(BANK)
         if self.packing and bank is not None and bank.routing.tokens:
