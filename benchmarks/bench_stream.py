@@ -71,6 +71,11 @@ class Bench:
         self.adapt()
         self.load_seconds = time.time() - began
 
+    def note(self) -> dict:
+        """How long loading took and what the host holds."""
+        host = sum(block.nbytes for block in self.blocks)
+        return {"load_seconds": round(self.load_seconds, 1), "host_gb": round(host / 1e9, 1)}
+
     def stream(self, slots: int = 2, resident: int = 0) -> None:
         from veneer.base.stream import StreamedBase
 
@@ -342,10 +347,7 @@ def fresh(smoke: bool) -> None:
 def bfloat16_8b(record: Record, smoke: bool) -> None:
     bench = Bench("8B", None, smoke)
     rows = [2048] * 16
-    note = {
-        "load_seconds": round(bench.load_seconds, 1),
-        "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1),
-    }
+    note = bench.note()
     streamed = record.measure(
         "a", "streamed", lambda: note | bench.run(rows, "recompute-offload", budget=4, compare=True)
     )
@@ -376,10 +378,7 @@ def nf4_8b(record: Record, smoke: bool, cases: set[str]) -> None:
     bench = Bench("8B", "nf4", smoke)
     rows, streamed, gradient = [1024] * 16, None, None
     if "b" in cases:
-        note = {
-            "load_seconds": round(bench.load_seconds, 1),
-            "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1),
-        }
+        note = bench.note()
         streamed = record.measure(
             "b", "streamed", lambda: note | bench.run(rows, "recompute-offload", budget=2.5, compare=True)
         )
@@ -419,10 +418,7 @@ def nf4_8b(record: Record, smoke: bool, cases: set[str]) -> None:
 
 def nf4_70b(record: Record, smoke: bool) -> None:
     bench, rows = Bench("70B", "nf4", smoke), [2048] * 4
-    note = {
-        "load_seconds": round(bench.load_seconds, 1),
-        "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1),
-    }
+    note = bench.note()
     bound = record.measure(
         "c", "no copies", lambda: bench.run(rows, "recompute-offload", budget=8, steps=1, no_copies=True)
     )
@@ -435,10 +431,7 @@ def nf4_70b(record: Record, smoke: bool) -> None:
 
 def moe_30b(record: Record, smoke: bool) -> None:
     bench = Bench("30B-A3B", None, smoke)
-    note = {
-        "load_seconds": round(bench.load_seconds, 1),
-        "host_gb": round(sum(b.nbytes for b in bench.blocks) / 1e9, 1),
-    }
+    note = bench.note()
     record.measure(
         "d", "streamed", lambda: note | bench.run([2048] * 8, "recompute-offload", budget=8, steps=1, compile=False)
     )

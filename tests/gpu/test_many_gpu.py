@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from test_many import alone, assert_same, config, examples, together  # noqa: E402
+from test_many import alone, assert_same, config, examples, spoil, together  # noqa: E402
 
 from conftest import tiny_llama  # noqa: E402
 
@@ -38,11 +38,6 @@ def test_a_nan_stays_with_its_adapter(compiled, tmp_path):
     configs = [config(tmp_path / f"{i}", seed=i, train={"compile": compiled}) for i in range(3)]
     data = [examples(i) for i in range(3)]
     expected = alone(model, configs, data)
-
-    def spoil(pool):
-        for lane in pool.lanes:
-            if lane.name == "lane1" and lane.state.step == 1:
-                next(iter(lane.parameters.values())).data[0, 0] = float("nan")
 
     lanes = together(model, configs, data, tokens=4096, spoil=spoil)
     assert [lane.status for lane in lanes] == ["finished", "diverged", "finished"]

@@ -79,6 +79,13 @@ def together(model, configs, data, heldout=None, tokens=None, spoil=None):
     return lanes
 
 
+def spoil(pool):
+    """A NaN in the second adapter's factors before its second step."""
+    for lane in pool.lanes:
+        if lane.name == "lane1" and lane.state.step == 1:
+            next(iter(lane.parameters.values())).data[0, 0] = float("nan")
+
+
 def weights(out):
     return load_file(f"{out}/adapter/adapter_model.safetensors")
 
@@ -252,11 +259,6 @@ def test_a_nan_neighbour_changes_nothing_for_the_others(way, tmp_path, monkeypat
     configs = [config(tmp_path / f"{i}", seed=i, adapter={"dropout": 0.1}) for i in range(3)]
     data = [examples(i) for i in range(3)]
     expected = alone(model, configs, data)
-
-    def spoil(pool):
-        for lane in pool.lanes:
-            if lane.name == "lane1" and lane.state.step == 1:
-                next(iter(lane.parameters.values())).data[0, 0] = float("nan")
 
     lanes = together(model, configs, data, tokens=4096, spoil=spoil)
     assert [lane.status for lane in lanes] == ["finished", "diverged", "finished"]

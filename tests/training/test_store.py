@@ -5,8 +5,8 @@ import torch
 
 import veneer
 from conftest import tiny_llama
-from veneer.training.accelerate import Accelerated, draws_random, spread
-from veneer.training.blocks import repeated_blocks
+from veneer.adapter.blocks import repeated_blocks, spread
+from veneer.training.accelerate import Accelerated, draws_random
 from veneer.training.store import _dense
 
 IDS = torch.arange(1, 40)[None]

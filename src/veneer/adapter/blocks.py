@@ -24,3 +24,13 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
         found += list(module)
         inside |= {id(part) for block in module for part in block.modules()}
     return found
+
+
+def spread(dial: str, blocks: int) -> list[str]:
+    """A mode of `veneer.training.store` for each block. "mixed": two of seven as offload, the others as recompute-offload.
+
+    What these send takes as long over PCIe 5 as their forward passes take on a Hopper GPU (8B, 8,192 tokens).
+    """
+    if dial == "mixed":
+        return ["offload" if i % 7 in (1, 4) else "recompute-offload" for i in range(blocks)]
+    return [dial] * blocks

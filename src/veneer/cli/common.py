@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from veneer.errors import AdapterFormatError, ConfigError, RunError
 from veneer.files import read_object
@@ -27,6 +28,35 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
+
+
+class Display:
+    """Progress of training: a bar in a terminal, else lines; called with each record, which goes to `_<its type>`.
+
+    `columns` is what the bar says besides steps and time.
+    """
+
+    def __init__(self, columns: str) -> None:
+        self.progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn(columns), TimeRemainingColumn(),
+            console=err, disable=not err.is_terminal,
+        )  # fmt: skip
+        self.task, self.said = None, 0.0
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        getattr(self, "_" + record["type"], lambda r: None)(record)
+
+    def say(self, text: str, *, warning: bool) -> None:
+        """A line above the bar."""
+        style = "yellow" if warning else None
+        self.progress.console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 @dataclass

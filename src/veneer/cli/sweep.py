@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from veneer.cli.common import err
+from veneer.cli.common import Display, err
 from veneer.errors import ConfigError, RunError
 
 SEARCHES = ("grid", "random", "halving")
@@ -59,7 +58,7 @@ def command(
     from veneer.training.sweep import Sweep, SweepOptions
 
     options = SweepOptions(search or "grid", at_once, tokens, seed)
-    display = Display()
+    display = SweepDisplay()
     sweep = Sweep(values["out"], values, found, options, observe=display)
     _dry_run(sweep) if dry_run else run(sweep, display)
 
@@ -75,7 +74,7 @@ def resume_sweep(out: Path) -> None:
     """Go on with a sweep."""
     from veneer.training.sweep import Sweep
 
-    display = Display()
+    display = SweepDisplay()
     run(Sweep.load(out, observe=display), display, resume=True)
 
 
@@ -89,7 +88,7 @@ def train_list(values: dict[str, Any], *, resume: bool, dry_run: bool) -> None:
     if resume:
         resume_sweep(Path(shared["out"]))
         return
-    display = Display()
+    display = SweepDisplay()
     sweep = Sweep(shared["out"], shared, trials, SweepOptions("list"), observe=display)
     _dry_run(sweep) if dry_run else run(sweep, display)
 
@@ -200,40 +199,24 @@ def _trials(config: Path, settings: list[str], search: str, trials: int | None, 
     ]
 
 
-class Display:
+class SweepDisplay(Display):
     """Progress of all trials: one bar in a terminal, else a line every ten seconds; warnings as they come."""
 
     def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps · {task.fields[running]} at once · {task.fields[speed]} tok/s"),
-            TimeRemainingColumn(),
-            console=err,
-            disable=not err.is_terminal,
-        )
+        super().__init__("steps · {task.fields[running]} at once · {task.fields[speed]} tok/s")
         self.steps: dict[str, int] = {}
         self.totals: dict[str, int] = {}
         self.running: dict[str, float] = {}
-        self.task, self.said = None, 0.0
 
-    def __enter__(self) -> Display:
-        self.progress.start()
+    def __enter__(self) -> SweepDisplay:
         self.task = self.progress.add_task("", total=None, running=0, speed="–")
+        super().__enter__()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        getattr(self, "_" + record["type"], lambda r: None)(record)
 
     def _note(self, record: dict[str, Any]) -> None:
         text, run = record["text"], record.get("run")
         if run is None or text.startswith("warning"):
-            style = "yellow" if text.startswith("warning") else None
-            self.progress.console.print(f"{run}: {text}" if run else text, style=style, markup=False, soft_wrap=True)
+            self.say(f"{run}: {text}" if run else text, warning=text.startswith("warning"))
 
     def _start(self, record: dict[str, Any]) -> None:
         self.steps[record["run"]], self.totals[record["run"]] = record["step"], record["total_steps"]

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from veneer.cli.common import QUANT_HELP, err, parse_settings, parse_targets
+from veneer.cli.common import QUANT_HELP, Display, err, parse_settings, parse_targets
 from veneer.errors import ConfigError, RunError
 
 FLAGS = {
@@ -123,7 +122,7 @@ def command(
     resolved = _resolve(config, flags, set_ or [], resume)
     from veneer.training.loop import Trainer
 
-    display = Display()
+    display = RunDisplay()
     trainer = Trainer(resolved, observe=display)
     if dry_run:
         _dry_run(trainer, resolved)
@@ -211,35 +210,15 @@ def _dry_run(trainer: Any, config: Any) -> None:
     err.print(f"{total} steps of {options.batch_size} examples; all is valid, nothing was trained")
 
 
-class Display:
+class RunDisplay(Display):
     """Training progress: a bar with loss, tokens/s and time left in a terminal, else a line every ten seconds."""
 
     def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]} · {task.fields[speed]} tok/s"),
-            TimeRemainingColumn(),
-            console=err,
-            disable=not err.is_terminal,
-        )
-        self.task, self.said, self.total = None, 0.0, 0
-        self.left = lambda step: 0.0
-
-    def __enter__(self) -> Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        getattr(self, "_" + record["type"], lambda r: None)(record)
+        super().__init__("loss {task.fields[loss]} · {task.fields[speed]} tok/s")
+        self.total, self.left = 0, lambda step: 0.0
 
     def _note(self, record: dict[str, Any]) -> None:
-        style = "yellow" if record["text"].startswith("warning") else None
-        self.progress.console.print(record["text"], style=style, markup=False, soft_wrap=True)
+        self.say(record["text"], warning=record["text"].startswith("warning"))
 
     def _start(self, record: dict[str, Any]) -> None:
         self.total, began, first = record["total_steps"], time.monotonic(), record["step"]

@@ -85,7 +85,7 @@ def ranged_lora_linear(
 ) -> Tensor:
     """Frozen linear plus the adapters `names`, each on its own range of the row's tokens; see
     `veneer.kernels.reference.ranged_lora_linear`. `weight` may be a function that dequantises it."""
-    possible = not torch.is_autocast_enabled(x.device.type)
+    possible = not _autocast(x)
     if isinstance(weight, Tensor):
         possible = possible and not weight.requires_grad and x.dtype == weight.dtype
     if _use_fast(impl, possible, NOT_FROZEN):

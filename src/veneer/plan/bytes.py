@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
+from veneer.adapter.blocks import spread
 from veneer.plan import constants
 
 if TYPE_CHECKING:
@@ -163,11 +164,9 @@ def unpacked(numbers: int, quant: str, each: int) -> float:
     return numbers * each * copies + (FLOAT32 * numbers / NF4_BLOCK if quant in ("nf4", "fp4") else 0)
 
 
-def modes_of(dial: str, blocks: int) -> list[str]:
-    """A mode for each block, as `training.accelerate.spread` gives it."""
-    if dial == "mixed":
-        return ["offload" if i % 7 in (1, 4) else "recompute-offload" for i in range(blocks)]
-    return [dial] * blocks
+def modes_of(setting: Setting, blocks: int) -> list[str]:
+    """A mode for each block. A streamed base does not keep: `training.streamed`."""
+    return spread("recompute" if setting.stream != "off" and setting.dial == "keep" else setting.dial, blocks)
 
 
 def block_bytes(block: Block, quant: str, each: int) -> float:
@@ -245,9 +244,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     """The peak of a step: the most of all blocks' turns and of the loss. `context` is what a device (or, without CUDA, a
     process) holds besides; absent: the measured default."""
     each, tokens = profile.dtype_bytes, setting.micro_tokens
-    modes = modes_of(
-        "recompute" if setting.stream != "off" and setting.dial == "keep" else setting.dial, len(profile.blocks)
-    )
+    modes = modes_of(setting, len(profile.blocks))
     rows = setting.rows if setting.stream != "off" else 1  # all rows of a step pass through a block before the next
     here, away, peaks = profile.embed_kept(tokens) * rows, 0.0, []
     last: list[float] = []

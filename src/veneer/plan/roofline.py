@@ -83,7 +83,7 @@ def step(profile: Profile, setting: size.Setting, rates: Rates) -> Time:
     """Seconds of one optimiser step."""
     each, tokens, compiled = profile.dtype_bytes, setting.micro_tokens, setting.compile
     streamed = setting.stream != "off"
-    modes = size.modes_of("recompute" if streamed and setting.dial == "keep" else setting.dial, len(profile.blocks))
+    modes = size.modes_of(setting, len(profile.blocks))
     passes = [[0.0, 0.0], [0.0, 0.0]]
     """Seconds of compute and of copies, forward and backward."""
     times: dict[tuple[int, str], tuple[float, float]] = {}

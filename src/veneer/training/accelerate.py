@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 from torch.random import fork_rng
 
+from veneer.adapter.blocks import repeated_blocks, spread
 from veneer.adapter.layers import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.compiling import compile_or_plain
-from veneer.training.blocks import repeated_blocks
 from veneer.training.packing import Packing, watch
 from veneer.training.store import Mode, Store, recomputing
 
@@ -25,16 +25,6 @@ Dial = Literal["keep", "selective", "recompute", "recompute-offload", "offload",
 KEEP: dict[Mode, float] = {"keep": 1.0, "selective": 0.85, "offload": 0.85, "recompute": 0.0, "recompute-offload": 0.0}
 """The share that the compiler keeps on each setting."""
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def spread(dial: Dial, blocks: int) -> list[Mode]:
-    """A mode for each block. "mixed": two of seven blocks as offload, the others as recompute-offload.
-
-    What these send takes as long over PCIe 5 as their forward passes take on a Hopper GPU (8B, 8,192 tokens).
-    """
-    if dial == "mixed":
-        return ["offload" if i % 7 in (1, 4) else "recompute-offload" for i in range(blocks)]
-    return [dial] * blocks
 
 
 def use_compile(wish: Literal["auto", "on", "off"], device: torch.device) -> bool:

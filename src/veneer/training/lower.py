@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapter.blocks import repeated_blocks
 from veneer.adapter.layers import AdaptedModule
 from veneer.data.pack import Row, join
 from veneer.kernels.attention import Layout
-from veneer.training.blocks import repeated_blocks
 
 
 @dataclass(frozen=True)

@@ -167,11 +167,7 @@ class LaneRows:
         with get_bank(self.model).route_tokens(lengths), self.rows.row(row) as loss:
             yield loss
 
-    def losses(self, rows: Sequence[Row]) -> Iterator[Tensor]:
-        """The loss of each row, without gradients."""
-        for row in rows:
-            with torch.no_grad(), self.row(row) as loss:
-                yield loss
+    losses = RowModel.losses
 
 
 class Pool:
