@@ -6,7 +6,6 @@ only: a name that is loaded again points to another content, and the old one goe
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ from veneer.errors import VeneerError
 from veneer.formats.peft import CONFIG, check_base
 from veneer.serve.content import Content, check_files, read_content
 from veneer.serve.errors import AdapterExists, AdapterRefused, ServeError, UnknownAdapter
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+from veneer.serve.names import NAME
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapter.calls import recorded
 from veneer.adapter.targets import output_head
 from veneer.kernels.grouped import has_grouped_mm
 from veneer.serve.cache import ATTENTION, Prompts, SlotCache, Tokens
@@ -108,23 +109,9 @@ class Runner:
 
     def _trace(self, registry: Registry) -> tuple[list[tuple[str, int]], Tensor]:
         """The order in which the linears are called and the inputs they share, and the model's own logits (T, V)."""
-        calls, kept = [], []
-
-        def note(name: str):
-            def hook(module, arguments):
-                kept.append(arguments[0])  # alive, so that no other tensor gets its id
-                calls.append((name, id(arguments[0])))
-
-            return hook
-
-        hooks = [self.model.get_submodule(t).register_forward_pre_hook(note(t)) for t in registry.targets]
         self._sample = torch.arange(1, 9, device=self.device) % self.model.config.get_text_config().vocab_size
-        try:
-            with torch.inference_mode():
-                logits = self.model(input_ids=self._sample[None], use_cache=False).logits[0].float()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.inference_mode(), recorded({t: self.model.get_submodule(t) for t in registry.targets}) as calls:
+            logits = self.model(input_ids=self._sample[None], use_cache=False).logits[0].float()
         names = [name for name, _ in calls]
         if len(set(names)) != len(names):
             raise ServeError(f"{type(self.model).__name__} calls a layer twice, which cannot be served")

@@ -6,7 +6,8 @@ See `veneer.kernels.group` for the matrix and what it is good for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter import quantised
+from veneer.adapter.calls import recorded
 from veneer.adapter.frozen import is_quantised
 from veneer.adapter.layers import AdaptedLinear
 from veneer.kernels.group import factor_views, lora_member, packed_size, parts
@@ -163,34 +165,15 @@ def _kind(layer: Any) -> tuple | None:
 
 @contextmanager
 def watch(block: nn.Module) -> Iterator[list[list[str]]]:
-    """While it lasts, note which adapted linears of a block are called with one and the same tensor, in groups."""
-    groups: list[list[str]] = []
-    inputs: list[Tensor] = []  # held, so that no address is used again
-    called: set[str] = set()
+    """Afterwards the list holds which adapted linears of a block were called with one and the same tensor, in groups.
 
-    def note(name: str) -> Callable[[nn.Module, tuple], None]:
-        def hook(module: nn.Module, args: tuple) -> None:
-            again, x = name in called, args[0]
-            called.add(name)
-            for group, seen in zip(groups, inputs):
-                if again and name in group:
-                    group.clear()  # called twice: no part of a group
-                elif seen is x and not again:
-                    group.append(name)
-                    return
-            if not again:
-                groups.append([name])
-                inputs.append(x)
-
-        return hook
-
-    hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in block.named_modules()
-        if type(module) is AdaptedLinear
-    ]
-    try:
-        yield groups
-    finally:
-        for hook in hooks:
-            hook.remove()
+    A group with a linear that was called twice is left out.
+    """
+    linears = {name: module for name, module in block.named_modules() if type(module) is AdaptedLinear}
+    found: list[list[str]] = []
+    with recorded(linears) as calls:
+        yield found
+    times, groups = Counter(name for name, _ in calls), {}
+    for name, x in calls:
+        groups.setdefault(x, []).append(name)
+    found += [group for group in groups.values() if all(times[name] == 1 for name in group)]
