@@ -60,6 +60,16 @@ def tokenizer(make_tokenizer):
     return make_tokenizer()
 
 
+GPU_SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+"""`tiny_llama` in sizes that a GPU's kernels take."""
+
+
 def tiny_llama(seed: int = 0, **options):
     """A Llama of two blocks with odd sizes."""
     from transformers import LlamaConfig, LlamaForCausalLM

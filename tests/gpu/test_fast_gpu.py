@@ -4,20 +4,13 @@ import pytest
 import torch
 
 import veneer
-from conftest import tiny_llama
+from conftest import GPU_SIZES, tiny_llama
 from veneer.config import OptimConfig
 from veneer.kernels import attention, dispatch
 from veneer.training.accelerate import Accelerated
 from veneer.training.flat import FlatOptimizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +70,7 @@ def test_the_heads_loss_in_compiled_chunks(softcap, scale, monkeypatch):
 
 
 def gradients(dtype, **options):
-    model = tiny_llama(num_hidden_layers=4, **SIZES).to("cuda", dtype).train()
+    model = tiny_llama(num_hidden_layers=4, **GPU_SIZES).to("cuda", dtype).train()
     bank = veneer.attach(model, veneer.AdapterConfig(rank=8), seed=0)
     torch.manual_seed(1)
     for p in bank.parameters("default").values():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import veneer
-from conftest import tiny_llama
+from conftest import GPU_SIZES, tiny_llama
 from veneer.data.example import TokenizedExample
 from veneer.training.accelerate import Accelerated
 from veneer.training.flat import FlatOptimizer
@@ -15,14 +15,7 @@ from veneer.training.forward import RowModel
 from veneer.training.graphs import RowGraphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "num_hidden_layers": 3,
-}
+SIZES = GPU_SIZES | {"num_hidden_layers": 3}
 
 
 def examples(*lengths, seed=0):

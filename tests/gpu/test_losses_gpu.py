@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import veneer
-from conftest import tiny_llama
+from conftest import GPU_SIZES, tiny_llama
 from veneer.data.example import TokenizedExample
 from veneer.training.accelerate import Accelerated
 from veneer.training.flat import FlatOptimizer
@@ -17,12 +17,11 @@ from veneer.training.forward import RowModel
 from veneer.training.graphs import RowGraphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
-SIZES = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 IDS = np.random.default_rng(0).integers(1, 60, (20, 4, 64))
 
 
 def base(dtype):
-    return tiny_llama(**SIZES, num_hidden_layers=3).to("cuda", dtype)
+    return tiny_llama(**GPU_SIZES, num_hidden_layers=3).to("cuda", dtype)
 
 
 def veneers(dtype, adapter, mode):

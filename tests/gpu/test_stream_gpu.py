@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import veneer
-from conftest import tiny_llama
+from conftest import GPU_SIZES, tiny_llama
 from veneer.base.load import load_base
 from veneer.base.stream_load import load_streamed
 from veneer.data.example import TokenizedExample
@@ -14,19 +14,12 @@ from veneer.training.forward import RowModel
 from veneer.training.streamed import StreamedRows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
-SIZES = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("base")
-    tiny_llama(num_hidden_layers=7, **SIZES).save_pretrained(path)
+    tiny_llama(num_hidden_layers=7, **GPU_SIZES).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
