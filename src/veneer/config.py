@@ -246,9 +246,10 @@ class OptimConfig(Section):
     checkpointing: Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"] = "keep"
     """What each block keeps for the backward pass. keep: all that saves work. selective: what is dear to compute again
     (when compiled). recompute: its input. recompute-offload: its input, in host memory. offload: what selective keeps, in
-    host memory, copied while other blocks compute. mixed: two of seven blocks as offload, the others as
-    recompute-offload.
-    (true and false mean recompute and keep.)"""
+    host memory, copied while other blocks compute. mixed: of that as much as is copied in the time that a block computes;
+    the rest is computed again. (true and false mean recompute and keep.)"""
+    keep_blocks: int = Field(0, ge=0)
+    """The last so many blocks keep what selective keeps, whatever checkpointing says: what is left of the memory, spent."""
     stream: Literal["off", "host", "disk"] = "off"
     """Where the frozen blocks are (docs/stream.md): off: on the device. host: in host memory, a few at a time on the
     device. disk: in the safetensors files, for when host memory is short too. Keeping all for the backward pass

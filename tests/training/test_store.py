@@ -76,7 +76,9 @@ def test_dense_tensors_are_those_without_gaps():
 
 def test_the_dial_spreads_over_the_blocks_and_dropout_is_noticed():
     assert spread("selective", 3) == ["selective"] * 3
-    assert spread("mixed", 4) == ["recompute-offload", "offload", "recompute-offload", "recompute-offload"]
+    assert spread("mixed", 4, 1) == ["mixed"] * 3 + ["selective"] and spread("keep", 2, 1) == ["keep"] * 2
+    eager = spread("mixed", 4, compiled=False)
+    assert eager == ["recompute-offload", "offload", "recompute-offload", "recompute-offload"]
     model = tiny_llama()
     veneer.attach(model, veneer.AdapterConfig(rank=2))
     assert not draws_random(model)

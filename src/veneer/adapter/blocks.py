@@ -26,11 +26,15 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def spread(dial: str, blocks: int) -> list[str]:
-    """A mode of `veneer.training.store` for each block. "mixed": two of seven as offload, the others as recompute-offload.
+def spread(dial: str, blocks: int, keep: int = 0, *, compiled: bool = True) -> list[str]:
+    """A mode of `veneer.training.store` for each block; the last `keep` blocks are selective on any saving setting.
 
-    What these send takes as long over PCIe 5 as their forward passes take on a Hopper GPU (8B, 8,192 tokens).
+    What the last blocks keep is wanted first, so it is they that stay. Where the compiler does not choose what a block
+    keeps, "mixed" is two of seven blocks as offload and the others as recompute-offload.
     """
-    if dial == "mixed":
-        return ["offload" if i % 7 in (1, 4) else "recompute-offload" for i in range(blocks)]
-    return [dial] * blocks
+    modes = [dial] * blocks
+    if dial == "mixed" and not compiled:
+        modes = ["offload" if i % 7 in (1, 4) else "recompute-offload" for i in range(blocks)]
+    if keep and dial not in ("keep", "selective"):
+        modes[-keep:] = ["selective"] * min(keep, blocks)
+    return modes

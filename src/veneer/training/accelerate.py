@@ -19,11 +19,13 @@ from veneer.adapter.layers import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.compiling import compile_or_plain
 from veneer.training.packing import Packing, watch
-from veneer.training.store import Mode, Store, recomputing
+from veneer.training.store import SENT, Mode, Store, recomputing
 
-Dial = Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"]
-KEEP: dict[Mode, float] = {"keep": 1.0, "selective": 0.85, "offload": 0.85, "recompute": 0.0, "recompute-offload": 0.0}
-"""The share that the compiler keeps on each setting."""
+KEEP: dict[Mode, float] = {
+    "keep": 1.0, "selective": 0.85, "offload": 0.85, "mixed": 0.3, "recompute": 0.0, "recompute-offload": 0.0
+}  # fmt: skip
+"""The share that the compiler keeps on each setting. What mixed keeps of an 8B block takes as long over PCIe 5 as the
+block's forward pass takes on a Hopper GPU."""
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -49,17 +51,18 @@ def draws_random(model: nn.Module) -> bool:
 class Accelerated:
     """A context in which a model's repeated blocks are compiled and keep what the dial says for the backward pass.
 
-    `modes` is one word of the dial, or a mode for each block. `dynamic` says that inputs differ in length, `device` where it
-    computes (absent: where its first parameter is), `packs` whether linears of one input may be packed. Each block
-    instance gets another `forward` while the context lasts; no class is changed. On Hopper GPUs attention prefers
-    cuDNN's kernels.
+    `modes` is one word of the dial (with `keep` as in `spread`), or a mode for each block. `dynamic` says that inputs differ in
+    length, `device` where it computes (absent: where its first parameter is), `packs` whether linears of one input may be
+    packed. Each block instance gets another `forward` while the context lasts; no class is changed. On Hopper GPUs
+    attention prefers cuDNN's kernels.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        modes: Dial | Sequence[Mode] = "keep",
+        modes: Mode | Sequence[Mode] = "keep",
+        keep: int = 0,
         compile: bool = True,
         dynamic: bool = True,
         note: Callable[[str], None] = print,
@@ -67,7 +70,9 @@ class Accelerated:
         packs: bool = True,
     ) -> None:
         self.blocks = repeated_blocks(model)
-        self.modes = spread(modes, len(self.blocks)) if isinstance(modes, str) else list(modes)
+        self.modes = list(modes)
+        if isinstance(modes, str):
+            self.modes = spread(modes, len(self.blocks), keep, compiled=compile)
         self.compile, self.dynamic, self.note = compile, dynamic, note
         self.device, self.random = device or next(model.parameters()).device, draws_random(model)
         self.model, self.packing, self.packs = model, Packing(), packs
@@ -88,7 +93,7 @@ class Accelerated:
         call = recomputing(forward, self.random) if KEEP[mode] == 0 else forward
         if self.compile:
             call = compile_or_plain(forward, keep=KEEP[mode], dynamic=self.dynamic, otherwise=call, note=self.note)
-        return self.store.offloading(call) if mode.endswith("offload") else call
+        return self.store.offloading(call) if mode in SENT else call
 
     def _packing_first(self, forward: Callable) -> Callable:
         """The first block's forward, which at its first call packs all blocks' linears that have one input."""

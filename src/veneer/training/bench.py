@@ -82,7 +82,9 @@ def veneer_step(
     optimizer, rows_of = FlatOptimizer(trained, train), RowModel(model, packing=train.pack != "off")
     device = next(model.parameters()).device
     compiled = use_compile(train.compile, device)
-    fast = Accelerated(model, modes=train.checkpointing, compile=compiled, dynamic=len(set(lengths)) > 1)
+    fast = Accelerated(
+        model, modes=train.checkpointing, keep=train.keep_blocks, compile=compiled, dynamic=len(set(lengths)) > 1
+    )
     graphs = RowGraphs(rows_of, fast, train, warnings.warn)
     stack.enter_context(rows_of.attention())
     stack.enter_context(fast)

@@ -44,21 +44,21 @@ class Gradients:
         train = config.train
         self.device, self.streamed = optimizer.buffers[0].device, train.stream != "off"
         self.row_tokens = train.micro_batch_tokens
-        self.fast = self._accelerated(train.checkpointing) if self.streamed else None
+        self.fast = self._accelerated(train.checkpointing, train.keep_blocks) if self.streamed else None
         self.rows = self.fast if self.streamed else RowModel(setup.model, packing=train.pack != "off")
         few = [setup.train[i] for i in range(min(8, len(setup.train)))]
         self.rows.check(few, required=train.pack == "on")
         for line in self.rows.notes:
             note(line)
-        self.fast = self.fast or self._accelerated(train.checkpointing)
+        self.fast = self.fast or self._accelerated(train.checkpointing, train.keep_blocks)
         self.graphs = self._graphs()
         self.longest = setup.counts["train"].longest
         self.ways_down = budget.ways_down(config, plan, self.device.type == "cuda", self.longest)
 
-    def _accelerated(self, dial: str) -> Accelerated | StreamedRows:
+    def _accelerated(self, dial: str, keep: int = 0) -> Accelerated | StreamedRows:
         """The blocks with a setting of the dial; of a streamed base with the rows."""
         train = self.config.train
-        options = {"modes": dial, "compile": use_compile(train.compile, self.device), "note": self.note}
+        options = {"modes": dial, "keep": keep, "compile": use_compile(train.compile, self.device), "note": self.note}
         if self.streamed:
             return StreamedRows(self.setup.model, packing=train.pack != "off", **options)
         return Accelerated(self.setup.model, **options)

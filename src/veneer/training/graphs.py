@@ -19,6 +19,7 @@ from veneer.data.pack import Row, Segment
 from veneer.kernels.attention import Layout
 from veneer.training.accelerate import Accelerated
 from veneer.training.forward import RowModel, segments_of
+from veneer.training.store import SENT
 
 MOST = 24
 """Sizes that are captured; rows of any further size run plainly."""
@@ -79,7 +80,7 @@ class RowGraphs:
             and rows.packing
             and rows.varlen
             and rows.fast_head
-            and not any(mode.endswith("offload") for mode in fast.modes)
+            and not any(mode in SENT for mode in fast.modes)
         )
         self.seen: set[tuple] = set()
         self.graphs: dict[tuple, Captured] = {}

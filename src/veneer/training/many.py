@@ -239,7 +239,9 @@ class Pool:
         for text in self.rows.notes:
             self.note(text)
         compiled = use_compile(options.compile, next(self.model.parameters()).device)
-        self.fast = Accelerated(self.model, modes=options.checkpointing, compile=compiled, note=self.note)
+        self.fast = Accelerated(
+            self.model, modes=options.checkpointing, keep=options.keep_blocks, compile=compiled, note=self.note
+        )
         if compiled:  # each set of ranks is code of its own, and above the limit blocks would run uncompiled
             self._stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
         self._stack.enter_context(self.rows.attention())

@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-Mode = Literal["keep", "selective", "recompute", "recompute-offload", "offload"]
+Mode = Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"]
 """What a block keeps. keep: all that saves work. selective: what is dear to compute again (products, attention).
 recompute: its input alone. recompute-offload: its input, in host memory. offload: what selective keeps, in host memory,
-sent while later blocks compute and brought back ahead of its use."""
+sent while later blocks compute and brought back ahead of its use. mixed: as much of that as is sent in the time that the
+block computes; the rest is computed again."""
+SENT: tuple[Mode, ...] = ("recompute-offload", "offload", "mixed")
+"""The modes that send to the host."""
 
 SMALL = 1 << 20
 """Bytes below which moving a tensor costs more than it frees."""
@@ -60,8 +63,8 @@ class Host:
     def let_go(self, group: list[Parcel]) -> None:
         """Free the device memory of tensors that were sent, after their copies."""
         for parcel in group:
-            if parcel.source is not None and parcel.event is not None:
-                torch.cuda.current_stream(self.device).wait_event(parcel.event)
+            if parcel.source is not None:
+                self.wait(parcel)
             parcel.source = None
 
     def put(self, tensor: Tensor) -> Parcel:
@@ -84,8 +87,8 @@ class Host:
             return self.stream.record_event()
 
     def fetch(self, parcel: Parcel) -> None:
-        """Start moving a parcel back."""
-        if parcel.back is None:
+        """Start moving a parcel back, unless it is on the device still."""
+        if parcel.back is None and parcel.source is None:
             parcel.back = torch.empty_like(parcel.host, device=self.device, pin_memory=False)
             parcel.event = self._copy(parcel.back, parcel.host)
             self.free.setdefault(parcel.host.numel(), []).append(parcel.host)
@@ -94,16 +97,22 @@ class Host:
         """The tensor of a parcel; the rest of its group and the group before it are fetched ahead."""
         at = next((i for i, other in enumerate(self.groups) if other is group), None)
         if at is not None:
-            for sent in self.groups[at:]:
-                self.let_go(sent)
             for early in (*group, *(self.groups[at - 1] if at else ())):
                 self.fetch(early)
             del self.groups[at:]
         self.fetch(parcel)
+        if parcel.source is not None:  # it never left; what the copy under way reads from now on is of no use to anyone
+            back, parcel.source = parcel.source, None
+            self.free.setdefault(parcel.host.numel(), []).append(parcel.host)
+            return back
         back, parcel.back = parcel.back, None
+        self.wait(parcel)
+        return back.view(parcel.dtype).as_strided(parcel.shape, parcel.stride)
+
+    def wait(self, parcel: Parcel) -> None:
+        """Let the computing stream wait for a parcel's last copy."""
         if parcel.event is not None:
             torch.cuda.current_stream(self.device).wait_event(parcel.event)
-        return back.view(parcel.dtype).as_strided(parcel.shape, parcel.stride)
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -28,7 +28,7 @@ from veneer.data.pack import Row
 from veneer.errors import BaseModelError, ConfigError
 from veneer.kernels import dispatch
 from veneer.kernels.streamed_head import streamed_cross_entropy
-from veneer.training.accelerate import Accelerated, Dial
+from veneer.training.accelerate import Accelerated
 from veneer.training.forward import RowModel
 from veneer.training.packing import watch
 from veneer.training.store import Mode
@@ -67,7 +67,8 @@ class StreamedRows(RowModel):
         model: nn.Module,
         *,
         packing: bool = True,
-        modes: Dial | Sequence[Mode] = "recompute",
+        modes: Mode | Sequence[Mode] = "recompute",
+        keep: int = 0,
         compile: bool = False,
         dynamic: bool = True,
         note: Callable[[str], None] = print,
@@ -78,7 +79,7 @@ class StreamedRows(RowModel):
         # Keeping all would grow with the tokens as on a resident base, and defeat the purpose.
         modes = "recompute" if modes == "keep" else modes
         self.fast = Accelerated(
-            model, modes=modes, compile=compile, dynamic=dynamic, note=note, device=self.base.device,
+            model, modes=modes, keep=keep, compile=compile, dynamic=dynamic, note=note, device=self.base.device,
             packs=False,  # a packed matrix of every block would stay on the device
         )  # fmt: skip
         slots = [*self.base.conveyor.slots, self.base.conveyor.cast]
