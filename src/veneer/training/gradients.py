@@ -149,7 +149,18 @@ class Gradients:
             self.rows = self.fast
         self.graphs = self._graphs()
         del before
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
         self.fast.__enter__()
+
+
+def release(device: torch.device) -> None:
+    """Free what a step that failed in its midst left on the device.
+
+    Checkpoints' frames are cycles, and autograd's engine holds the graph of a backward pass that failed until the same
+    thread begins another.
+    """
+    for finish in (lambda: None, lambda: torch.zeros(1, device=device, requires_grad=True).sum().backward()):
+        finish()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
