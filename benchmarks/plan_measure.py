@@ -154,6 +154,7 @@ def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> di
     setting = size.Setting(
         quant=case.quant, dial=case.dial, micro_tokens=tokens, sequence=max(case.lengths), tokens=tokens,
         compile=case.compile, stream=case.stream, keep=case.keep,
+        graphs=cuda and has_graphs(case),
     )  # fmt: skip
     need = size.need(about, setting, cuda=cuda, context=context)
     rates = replace(rates, queued=cuda)
