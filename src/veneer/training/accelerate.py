@@ -18,6 +18,7 @@ from veneer.adapter.blocks import repeated_blocks, spread
 from veneer.adapter.layers import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.compiling import compile_or_plain
+from veneer.kernels.devices import indexed
 from veneer.training.packing import Packing, watch
 from veneer.training.store import SENT, Mode, Store, recomputing
 
@@ -74,7 +75,7 @@ class Accelerated:
         if isinstance(modes, str):
             self.modes = spread(modes, len(self.blocks), keep, compiled=compile)
         self.compile, self.dynamic, self.note = compile, dynamic, note
-        self.device, self.random = device or next(model.parameters()).device, draws_random(model)
+        self.device, self.random = indexed(device or next(model.parameters()).device), draws_random(model)
         self.model, self.packing, self.packs = model, Packing(), packs
         self.store = Store(model.parameters(), self.device)
         self._stack = ExitStack()
@@ -112,7 +113,7 @@ class Accelerated:
                 own(block, *args, **kwargs)
             self.packing.pack([b for b in self.blocks if type(b) is type(block)], groups)
             self.packing.refresh()
-            self.store.keep_out(self.model.parameters())
+            self.store.keep_out([*self.model.parameters(), *self.packing.tensors()])
             return forward(*args, **kwargs)
 
         return call
