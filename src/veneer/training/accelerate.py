@@ -54,8 +54,8 @@ class Accelerated:
 
     `modes` is one word of the dial (with `keep` as in `spread`), or a mode for each block. `dynamic` says that inputs differ in
     length, `device` where it computes (absent: where its first parameter is), `packs` whether linears of one input may be
-    packed. Each block instance gets another `forward` while the context lasts; no class is changed. On Hopper GPUs
-    attention prefers cuDNN's kernels.
+    packed, `lean` is `compiling.backend`'s. Each block instance gets another `forward` while the context lasts; no class
+    is changed. On Hopper GPUs attention prefers cuDNN's kernels.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Accelerated:
         note: Callable[[str], None] = print,
         device: torch.device | None = None,
         packs: bool = True,
+        lean: bool = False,
     ) -> None:
         self.blocks = repeated_blocks(model)
         self.modes = list(modes)
@@ -76,7 +77,7 @@ class Accelerated:
             self.modes = spread(modes, len(self.blocks), keep, compiled=compile)
         self.compile, self.dynamic, self.note = compile, dynamic, note
         self.device, self.random = indexed(device or next(model.parameters()).device), draws_random(model)
-        self.model, self.packing, self.packs = model, Packing(), packs
+        self.model, self.packing, self.packs, self.lean = model, Packing(), packs, lean
         self.store = Store(model.parameters(), self.device)
         self._stack = ExitStack()
 
@@ -93,7 +94,8 @@ class Accelerated:
     def _wrapped(self, forward: Callable, mode: Mode) -> Callable:
         call = recomputing(forward, self.random) if KEEP[mode] == 0 else forward
         if self.compile:
-            call = compile_or_plain(forward, keep=KEEP[mode], dynamic=self.dynamic, otherwise=call, note=self.note)
+            options = {"keep": KEEP[mode], "lean": self.lean, "dynamic": self.dynamic, "note": self.note}
+            call = compile_or_plain(forward, otherwise=call, **options)
         return self.store.offloading(call) if mode in SENT else call
 
     def _packing_first(self, forward: Callable) -> Callable:

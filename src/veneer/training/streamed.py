@@ -84,6 +84,7 @@ class StreamedRows(RowModel):
         self.fast = Accelerated(
             model, modes=modes, keep=keep, compile=compile, dynamic=dynamic, note=note, device=self.base.device,
             packs=False,  # a packed matrix of every block would stay on the device
+            lean=True,
         )  # fmt: skip
         self._keep_out()
         self.blocks, self.last = self.base.modules, len(self.base.modules) - 1
