@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import veneer
 from conftest import tiny_llama
@@ -107,6 +108,26 @@ def test_every_setting_of_the_dial(llama_dir, modes, monkeypatch):
     config = veneer.AdapterConfig(rank=4)
     wanted = step(load_base(llama_dir, device="cpu")[0], config)
     same(step(load_streamed(llama_dir, device="cpu")[0], config, modes=modes), wanted)
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_long_rows_go_through_mlps_in_chunks(tmp_path, tokenizer, quant, monkeypatch):
+    monkeypatch.setattr("veneer.training.store.SMALL", 1)
+    monkeypatch.setattr("veneer.training.streamed.LONG", 35)  # of the rows of 27, 33 and 40 tokens the last
+    monkeypatch.setattr("veneer.training.chunks.CHUNK", 16)
+    sizes = []
+    monkeypatch.setattr(
+        "veneer.training.chunks.checkpoint",
+        lambda f, x, **more: (sizes.append(x.shape[1]), checkpoint(f, x, **more))[1],
+    )
+    model = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    folder, config = save(model, tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
+    wanted = step(load_base(folder, device="cpu", quant=quant)[0], config)
+    found = step(load_streamed(folder, device="cpu", quant=quant)[0], config, modes="recompute-offload")
+    assert set(sizes) == {16, 8}
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-6, atol=0)
+    for name, grad in wanted[1].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max()) + 1e-12)
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])

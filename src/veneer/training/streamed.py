@@ -29,6 +29,7 @@ from veneer.errors import BaseModelError, ConfigError
 from veneer.kernels import dispatch
 from veneer.kernels.streamed_head import streamed_cross_entropy
 from veneer.training.accelerate import Accelerated
+from veneer.training.chunks import LONG
 from veneer.training.forward import RowModel
 from veneer.training.lower import Start
 from veneer.training.packing import watch
@@ -84,7 +85,7 @@ class StreamedRows(RowModel):
         self.fast = Accelerated(
             model, modes=modes, keep=keep, compile=compile, dynamic=dynamic, note=note, device=self.base.device,
             packs=False,  # a packed matrix of every block would stay on the device
-            lean=True,
+            lean=True, long=LONG,
         )  # fmt: skip
         self._keep_out()
         self.blocks, self.last = self.base.modules, len(self.base.modules) - 1
