@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from veneer.adapter.layers import AdaptedModule
 from veneer.adapter.targets import input_embedding, output_head
 from veneer.errors import AdapterStateError, BaseModelError
+from veneer.kernels.devices import indexed, sent
 
 ALIGN = 256
 """Bytes that the start of each tensor in a buffer is a multiple of, as the allocator's own are."""
 CHUNK_BYTES = 64 << 20
 """Bytes of the head's weight that are on the device at once, in each of two buffers."""
 SLOTS = 2
+COPY_BYTES = 32 << 20
+"""Bytes of one copy: what a block's backward pass waits for is not to stand in line behind a whole other block."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,9 @@ class Conveyor:
             return None
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.free[slot])
-            target.copy_(source, non_blocking=True)
+            for start in range(0, block.nbytes, COPY_BYTES):
+                part = slice(start, start + COPY_BYTES)
+                target[part].copy_(source[part], non_blocking=True)
             self.left_stage = self.stream.record_event() if source is not block.flat else None
             return self.left_stage or self.stream.record_event()
 
@@ -286,7 +291,8 @@ class Conveyor:
     def use(self, i: int, ahead: Iterable[int] = ()) -> Iterator[list[Tensor]]:
         """Block i on the device for the length of a block of code; the blocks that come next are fetched meanwhile."""
         views = self._arrive(i)
-        for _, j in zip(range(self.ahead), (j for j in ahead if j not in self.stay)):
+        free = (j for j in ahead if j not in self.stay and self.slot_of[j] != self.slot_of[i])
+        for _, j in zip(range(self.ahead), free):
             self.fetch(j)
         block = self.blocks[i]
         for leaf, view in zip(block.leaves, views):
@@ -323,9 +329,9 @@ class StreamedBase:
         slots: int = SLOTS,
         resident: int = 0,
     ) -> None:
-        self.model, self.modules, self.device, self.dtype = model, list(modules), device, dtype
-        self.conveyor = Conveyor(blocks, device, slots, resident)
-        self.head = Conveyor(head, device)
+        self.model, self.modules, self.device, self.dtype = model, list(modules), indexed(device), dtype
+        self.conveyor = Conveyor(blocks, self.device, slots, resident)
+        self.head = Conveyor(head, self.device)
         self.forget: Callable[[], None] = lambda: None
         """Lets go of the pages of mapped files that were touched."""
         self.tuples: dict[int, int] = {}
@@ -373,25 +379,25 @@ class StreamedBase:
         self.seen = self.seen or i == len(self.modules) - 1
         return out
 
-    def lookup(self, ids: Tensor) -> Tensor:
-        """The embedding on the device; only the rows that occur are copied there."""
+    def lookup(self, ids: Tensor, known: Tensor | None = None) -> Tensor:
+        """The embedding on the device; only the rows that occur are copied there. `known`: the ids on the host."""
         embedding = input_embedding(self.model)
         table, padding = embedding.weight.data, embedding.padding_idx
-        unique, where = ids.cpu().unique(return_inverse=True)
+        unique, where = (ids.cpu() if known is None else known.view(ids.shape)).unique(return_inverse=True)
         rows = torch.empty(len(unique), table.shape[1], dtype=table.dtype, pin_memory=self.device.type == "cuda")
         torch.index_select(table, 0, unique, out=rows)
         embedding.weight.data, embedding.padding_idx = rows.to(self.device, non_blocking=True).to(self.dtype), None
         try:
-            return type(embedding).forward(embedding, where.to(self.device))
+            return type(embedding).forward(embedding, sent(where, self.device))
         finally:
             embedding.weight.data, embedding.padding_idx = table, padding
             self.forget()
 
     def head_pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows of the output matrix on the device) over the vocabulary; each is valid until the next."""
-        start = 0
-        for i in range(len(self.head.blocks)):
-            with self.head.use(i, range(i + 1, len(self.head.blocks))) as (weight,):
+        start, count = 0, len(self.head.blocks)
+        for i in range(count):  # the first piece comes after the last: the next pass finds it there
+            with self.head.use(i, [*range(i + 1, count), *range(i)]) as (weight,):
                 yield start, weight
                 start += weight.shape[0]
 

@@ -123,6 +123,10 @@ class Packing:
             [*[1.0] * len(views), *scaling],
         )
 
+    def tensors(self) -> list[Tensor]:
+        """All that the groups' products read."""
+        return [tensor for group in self.groups for tensor in (*group.source, group.scaling)]
+
     def unpack(self) -> None:
         """Undo it all."""
         for group in self.groups:
