@@ -13,8 +13,8 @@ RESERVED = 0.033
 (8B bf16 keep, mixed, 1B keep on an H200)."""
 COMPILED_WORK = 1.0
 """A compiled block's temporaries over an eager one's."""
-SELECTIVE = 0.85
-"""What a compiled block keeps at `selective` and `offload` over `keep`: `training.accelerate.KEEP`."""
+KEPT = {"keep": 1.0, "selective": 0.85, "offload": 0.85, "mixed": 0.3}
+"""What a compiled block keeps on a setting of the dial over `keep`: `training.accelerate.KEEP`."""
 FUSED = 0.3
 """Bytes that compiled element-wise operations move over eager ones'."""
 COMPILED_CALLS = 0.25
