@@ -6,7 +6,8 @@
 Each measurement runs in a process of its own, with PyTorch's expandable segments as in `veneer train`: random weights from
 the real configuration, random tokens, rank 16 on all seven projections, AdamW in float32. Reported: the median step,
 tokens/s, peak allocated memory of all steps, seconds to load and to the first step ("again": in a second process, whose
-compiled code is on disk). Peers that are not installed are left out and named.
+compiled code is on disk). With --at-once several of them load and compile at the same time, and wait for each other to be
+timed, one after the other: that makes "start" longer. Peers that are not installed are left out and named.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from filelock import FileLock
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+LOCK = Path(tempfile.gettempdir()) / f"veneer-bench-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock"
+"""Held while steps are timed, one process at a time on a GPU."""
 CONFIGS = {
     "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
@@ -46,7 +53,7 @@ CASES = {
     "8B bf16 packed chats": ("8B", "bf16", CHAT, ["veneer:selective", "unsloth:none"]),
     "8B bf16 1x32768": ("8B", "bf16", [32768], ["veneer:mixed", "veneer:recompute-offload", "unsloth:ckpt"]),
     "8B bf16 by length": ("8B", "bf16", [512, 2048, 8192, 32768],
-        ["veneer:selective", "veneer:mixed", "unsloth:ckpt", "liger-nocast:ckpt", "peft-nocast:ckpt"]),
+        ["veneer:mixed", "unsloth:ckpt", "liger-nocast:ckpt", "peft-nocast:ckpt", "veneer:selective"]),
 }  # fmt: skip
 """Name → (shape, precision, lengths of a step, who). Veneer's are veneer:DIAL/ROW/KEEP/EMBEDDING: `train.checkpointing`,
 tokens of a row (0: the whole step in one), `train.keep_blocks`, `train.embedding`. "by length": steps of one sequence, of
@@ -89,7 +96,9 @@ def saved(shape: str) -> str:
     from transformers import PreTrainedTokenizerFast
 
     path = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"veneer-bench-{shape}"
-    if not (path / "config.json").exists():
+    with FileLock(f"{path}.lock"):
+        if (path / "tokenizer.json").exists():
+            return str(path)
         model = build(shape, "bf16")
         model.save_pretrained(path)
         tokenizer = Tokenizer(models.BPE())
@@ -181,6 +190,10 @@ def peft_model(shape: str, precision: str, name: str, mode: str):
 
 def unsloth_model(shape: str, precision: str, lengths: list[int], mode: str):
     import torch
+
+    os.environ.setdefault(
+        "UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="unsloth-")
+    )  # not shared with another one
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
@@ -262,16 +275,13 @@ def measured(steps, lengths: list[int], count: int) -> dict:
     step, value = steps(lengths)
     loss = step()
     torch.cuda.synchronize()
-    first = time.time()
-    for _ in range(2):
-        step()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(count):
-        start = time.time()
-        step()
-        torch.cuda.synchronize()
-        times.append(time.time() - start)
+    first, times = time.time(), []
+    with FileLock(LOCK):
+        for i in range(2 + count):
+            start = time.time()
+            step()
+            torch.cuda.synchronize()
+            times += [time.time() - start] * (i > 1)
     middle = statistics.median(times)
     return {
         "tokens_per_second": round(sum(lengths) / middle), "step_ms": round(1000 * middle, 1),
@@ -298,10 +308,11 @@ def ceiling() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=CASES, help="measure this case (may be repeated)")
-    parser.add_argument("--who", action="append", help="measure these alone, e.g. veneer:keep")
+    parser.add_argument("--who", action="append", help="of each case these alone, e.g. veneer:keep")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--limit-seconds", type=float, default=1e9, help="start no further measurement after so long")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--at-once", type=int, default=1, help="processes that load and compile at once")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -318,19 +329,23 @@ def main() -> None:
     print(json.dumps({k: v for k, v in record.items() if k != "cases"}), flush=True)
     began = time.time()
     torch.cuda.empty_cache()
-    for case in options.only or CASES:
-        rows = record["cases"][case] = []
-        for who in options.who or CASES[case][3]:
-            if time.time() - began > options.limit_seconds:
-                continue
-            command = [sys.executable, __file__, "--worker", case, who, "--steps", str(options.steps)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-            failed = {"who": who, "failed": (done.stderr or done.stdout).strip().splitlines()[-1:]}
-            rows.append(json.loads(line.removeprefix("RESULT ")) if line else failed)
-            print(f"{case:32s} {json.dumps(rows[-1])}", flush=True)
-            if options.out:
-                options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    def measure(case: str, who: str) -> None:
+        if time.time() - began > options.limit_seconds:
+            return
+        command = [sys.executable, __file__, "--worker", case, who, "--steps", str(options.steps)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        failed = {"who": who, "failed": (done.stderr or done.stdout).strip().splitlines()[-1:]}
+        record["cases"].setdefault(case, []).append(json.loads(line.removeprefix("RESULT ")) if line else failed)
+        print(f"{case:32s} {json.dumps(record['cases'][case][-1])}  [{time.time() - began:.0f} s]", flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        asked = [(case, who) for case in options.only or CASES for who in CASES[case][3]]
+        asked = [(case, who) for case, who in asked if not options.who or who in options.who]
+        list(pool.map(lambda pair: measure(*pair), asked))
 
 
 if __name__ == "__main__":
