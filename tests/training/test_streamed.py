@@ -32,8 +32,8 @@ def examples(lengths, vocabulary=400):
 EXAMPLES = examples((20, 33, 7, 40))
 
 
-def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True):
-    """(losses by row, gradients by parameter) of one step; streamed if the model is."""
+def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True, compile=False, steps=1):
+    """(losses by row, gradients by parameter) of one step, the last of several; streamed if the model is."""
     bank = veneer.attach(model, adapter, seed=0)
     streamed = hasattr(model, "veneer_stream")
     if streamed:
@@ -44,22 +44,30 @@ def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.train()
     optimizer = FlatOptimizer(parameters, veneer.OptimConfig())
-    optimizer.zero_grad()
-    rows = StreamedRows(model, packing=packing, modes=modes) if streamed else RowModel(model, packing=packing)
-    fast = rows if streamed else Accelerated(model, modes=modes, compile=False)
+    options = {"modes": modes, "compile": compile}
+    rows = StreamedRows(model, packing=packing, **options) if streamed else RowModel(model, packing=packing)
+    fast = rows if streamed else Accelerated(model, **options)
     packed = rows.pack(data, tokens, True)
     supervised = sum(len(row.targets) for row in packed)
     torch.manual_seed(2)
     with rows.attention(), fast:
-        if streamed:
-            losses = rows.backward(packed, supervised)
-        else:
+        for n in range(steps):
+            if n:
+                optimizer.step()
+            optimizer.zero_grad()
+            if streamed:
+                losses = rows.backward(packed, supervised)
+                continue
             losses = []
             for row in packed:
                 fast.start()
                 with rows.row(row) as loss:
                     (loss / supervised).backward()
                 losses.append(loss.detach())
+        if streamed and compile:
+            assert all(part.packed for block in rows.blocks for part in block.modules() if hasattr(part, "packed"))
+            for kept, loss in zip(losses, rows.losses(packed), strict=True):  # an evaluation has the step's factors
+                torch.testing.assert_close(loss, kept)
     return losses, {name: p.grad.clone() for name, p in parameters.items() if p.requires_grad}
 
 
@@ -108,6 +116,27 @@ def test_every_setting_of_the_dial(llama_dir, modes, monkeypatch):
     config = veneer.AdapterConfig(rank=4)
     wanted = step(load_base(llama_dir, device="cpu")[0], config)
     same(step(load_streamed(llama_dir, device="cpu")[0], config, modes=modes), wanted)
+
+
+@pytest.mark.parametrize(
+    ("where", "quant", "dtype"), [("host", None, "float32"), ("disk", None, "bfloat16"), ("host", "nf4", "float32")]
+)
+def test_compiled_blocks_are_packed_as_they_arrive(tmp_path, tokenizer, where, quant, dtype):
+    """From one step to the next the factors change; a bfloat16 file is cast on the way."""
+    model = tiny_llama(num_hidden_layers=4, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    folder, config = save(model.to(getattr(torch, dtype)), tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
+    options = {"device": "cpu", "dtype": "float32", "quant": quant}
+    wanted = step(load_base(folder, **options)[0], config, steps=2)
+    streamed = load_streamed(folder, where=where, **options)[0]
+    before = streamed.veneer_stream.conveyor.nbytes
+    found = step(streamed, config, compile=True, steps=2, modes="recompute-offload")
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-5, atol=0)
+    for name, grad in wanted[1].items():
+        torch.testing.assert_close(
+            found[1][name], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 1e-9, msg=name
+        )
+    assert streamed.veneer_stream.conveyor.nbytes == before  # as it was
+    assert not any(getattr(part, "packed", None) for part in streamed.modules())
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])
