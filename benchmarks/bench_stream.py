@@ -60,6 +60,7 @@ class Bench:
         import torch
 
         self.torch, self.smoke = torch, smoke
+        torch._dynamo.config.recompile_limit = 64  # several settings are compiled in one process
         self.adapter = {"rank": 16, "alpha": 32} | adapter
         self.device = torch.device("cpu" if smoke else "cuda:0")
         self.dtype = torch.float32 if smoke else torch.bfloat16
