@@ -36,11 +36,11 @@ CASES = {
     "8B bf16 4x2048": ("8B", "bf16", [2048] * 4,
         ["veneer:keep", "veneer:selective", "veneer:selective:again", "unsloth:none", "liger-nocast", "peft-nocast", "peft"]),
     "8B bf16 4x2048 in less memory": ("8B", "bf16", [2048] * 4,
-        ["veneer:mixed", "veneer:mixed/4096/2", "veneer:mixed/2048/6", "veneer:recompute", "unsloth:ckpt",
-         "liger-nocast:ckpt"]),
+        ["veneer:mixed", "veneer:recompute-offload", "unsloth:ckpt", "liger-nocast:ckpt"]),
     "8B nf4 4x2048": ("8B", "nf4", [2048] * 4,
-        ["veneer:selective", "veneer:mixed/2048", "veneer:mixed/4096", "veneer:recompute", "unsloth:ckpt"]),
-    "8B nf4 1x2048": ("8B", "nf4", [2048], ["veneer:recompute", "veneer:recompute-offload", "unsloth:ckpt"]),
+        ["veneer:mixed/0/0/host", "veneer:recompute-offload/0/0/host", "veneer:recompute", "unsloth:ckpt"]),
+    "8B nf4 1x2048": ("8B", "nf4", [2048],
+        ["veneer:recompute/0/0/host", "veneer:recompute-offload/0/0/host", "unsloth:ckpt"]),
     "1B bf16 8x1024": ("1B", "bf16", [1024] * 8, ["veneer:keep", "veneer:selective", "unsloth:none", "liger-nocast"]),
     "1B bf16 1x512": ("1B", "bf16", [512], ["veneer:keep", "veneer:selective", "unsloth:none", "liger-nocast"]),
     "8B bf16 packed chats": ("8B", "bf16", CHAT, ["veneer:selective", "unsloth:none"]),
@@ -48,8 +48,9 @@ CASES = {
     "8B bf16 by length": ("8B", "bf16", [512, 2048, 8192, 32768],
         ["veneer:selective", "veneer:mixed", "unsloth:ckpt", "liger-nocast:ckpt", "peft-nocast:ckpt"]),
 }  # fmt: skip
-"""Name → (shape, precision, lengths of a step, who). Veneer's are veneer:DIAL/ROW/KEEP: `train.checkpointing`, tokens of a
-row (absent: the whole step in one), `train.keep_blocks`. "by length": steps of one sequence, of each length in turn."""
+"""Name → (shape, precision, lengths of a step, who). Veneer's are veneer:DIAL/ROW/KEEP/EMBEDDING: `train.checkpointing`,
+tokens of a row (0: the whole step in one), `train.keep_blocks`, `train.embedding`. "by length": steps of one sequence, of
+each length in turn."""
 
 
 def config_of(shape: str):
@@ -106,16 +107,20 @@ def veneer_model(shape: str, precision: str, lengths: list[int], mode: str):
     import numpy as np
 
     import veneer
+    from veneer.base.host_embedding import embedding_to_host
     from veneer.data.example import TokenizedExample
     from veneer.training.accelerate import Accelerated
     from veneer.training.flat import FlatOptimizer
     from veneer.training.forward import RowModel
     from veneer.training.graphs import RowGraphs
 
-    dial, row, keep = (*mode.split("/"), "0", "0")[:3]
+    given = mode.split("/")
+    dial, row, keep, embedding = given + ["keep", "0", "0", "device"][len(given) :]
     model = build(shape, precision)
     bank = veneer.attach(model, veneer.AdapterConfig(rank=16, alpha=32), seed=0)
     model.train()
+    if embedding == "host":
+        embedding_to_host(model)
     most = int(row) or max(sum(lengths), *lengths)
     options = veneer.OptimConfig(lr=1e-4, micro_batch_tokens=most)
     optimizer = FlatOptimizer(bank.parameters("default"), options)

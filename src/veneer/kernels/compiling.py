@@ -24,9 +24,11 @@ def backend(keep: float, lean: bool = False) -> Callable:
         from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
+        from veneer.kernels.gated_mlp import graph_gated_mlps
         from veneer.kernels.group import graph_groups
 
         graph_groups(graph, again=lean or keep > 0)
+        graph_gated_mlps(graph, low_again=keep < 0.5)  # so little kept, x Aᵀ would be computed again, and its x with it
         with config.patch(activation_memory_budget=keep):
             return compile_fx(graph, inputs)
 
