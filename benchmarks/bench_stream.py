@@ -60,6 +60,7 @@ class Bench:
         import torch
 
         self.torch, self.smoke = torch, smoke
+        torch._dynamo.config.recompile_limit = 64  # several settings are compiled in one process
         self.adapter = {"rank": 16, "alpha": 32} | adapter
         self.device = torch.device("cpu" if smoke else "cuda:0")
         self.dtype = torch.float32 if smoke else torch.bfloat16
@@ -101,7 +102,7 @@ class Bench:
 
     def to_device(self) -> None:
         """End streaming: every weight on the device."""
-        from veneer.base.stream import view_of
+        from veneer.base.held import view_of
 
         self.base.uninstall()
         self.model.get_input_embeddings().__dict__.pop("forward")
@@ -235,7 +236,8 @@ def host_model(shape: dict, quant: str | None, device, dtype):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from veneer.base.stream import frozen_blocks, hold, leaves_of
+    from veneer.base.held import hold, leaves_of
+    from veneer.base.stream import frozen_blocks
     from veneer.base.stream_load import Files, fill_buffers, head_blocks, quantise_block
 
     values = dict(shape)
@@ -280,7 +282,7 @@ def copy_of(module, index: int):
     """A module of the same structure, without its frozen tensors' memory."""
     import torch
 
-    from veneer.base.stream import places
+    from veneer.base.held import places
 
     held = [(place, place.get()) for place in places(module)]
     for place, tensor in held:
@@ -298,7 +300,7 @@ def copy_of(module, index: int):
 
 def held_copy(block, module, twin, source, device):
     """A `Block` for `twin`, whose bytes are a copy of `source` in host memory of their own."""
-    from veneer.base.stream import Block, Leaf, host_buffer, places, view_of
+    from veneer.base.held import Block, Leaf, host_buffer, places, view_of
 
     new = {(id(a.owner), a.name): b for a, b in zip(places(module), places(twin), strict=True)}
     leaves = [Leaf([new[id(p.owner), p.name] for p in leaf.places], leaf.home, leaf.dtype) for leaf in block.leaves]

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 import veneer
@@ -32,8 +33,8 @@ def examples(lengths, vocabulary=400):
 EXAMPLES = examples((20, 33, 7, 40))
 
 
-def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True):
-    """(losses by row, gradients by parameter) of one step; streamed if the model is."""
+def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True, compile=False, steps=1):
+    """(losses by row, gradients by parameter) of one step, the last of several; streamed if the model is."""
     bank = veneer.attach(model, adapter, seed=0)
     streamed = hasattr(model, "veneer_stream")
     if streamed:
@@ -44,22 +45,30 @@ def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.train()
     optimizer = FlatOptimizer(parameters, veneer.OptimConfig())
-    optimizer.zero_grad()
-    rows = StreamedRows(model, packing=packing, modes=modes) if streamed else RowModel(model, packing=packing)
-    fast = rows if streamed else Accelerated(model, modes=modes, compile=False)
+    options = {"modes": modes, "compile": compile}
+    rows = StreamedRows(model, packing=packing, **options) if streamed else RowModel(model, packing=packing)
+    fast = rows if streamed else Accelerated(model, **options)
     packed = rows.pack(data, tokens, True)
     supervised = sum(len(row.targets) for row in packed)
     torch.manual_seed(2)
     with rows.attention(), fast:
-        if streamed:
-            losses = rows.backward(packed, supervised)
-        else:
+        for n in range(steps):
+            if n:
+                optimizer.step()
+            optimizer.zero_grad()
+            if streamed:
+                losses = rows.backward(packed, supervised)
+                continue
             losses = []
             for row in packed:
                 fast.start()
                 with rows.row(row) as loss:
                     (loss / supervised).backward()
                 losses.append(loss.detach())
+        if streamed and compile:
+            assert all(part.packed for block in rows.blocks for part in block.modules() if hasattr(part, "packed"))
+            for kept, loss in zip(losses, rows.losses(packed), strict=True):  # an evaluation has the step's factors
+                torch.testing.assert_close(loss, kept)
     return losses, {name: p.grad.clone() for name, p in parameters.items() if p.requires_grad}
 
 
@@ -108,6 +117,33 @@ def test_every_setting_of_the_dial(llama_dir, modes, monkeypatch):
     config = veneer.AdapterConfig(rank=4)
     wanted = step(load_base(llama_dir, device="cpu")[0], config)
     same(step(load_streamed(llama_dir, device="cpu")[0], config, modes=modes), wanted)
+
+
+def test_compiled_blocks_are_packed_as_they_arrive(tmp_path, tokenizer, monkeypatch):
+    """From a bfloat16 file, cast on the way; the factors change from step to step. Traced, without the C++ compiler."""
+    traced = []
+
+    def compile_fx(graph, inputs):
+        traced.append([getattr(node.target, "__name__", "") for node in graph.graph.nodes])
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    torch._dynamo.reset()
+    folder, config = save(tiny_llama(num_hidden_layers=3).bfloat16(), tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
+    options = {"device": "cpu", "dtype": "float32"}
+    more = {"steps": 2, "data": EXAMPLES[3:]}  # one row: on a CPU each row's segments are compiled anew
+    wanted = step(load_base(folder, **options)[0], config, **more)
+    streamed = load_streamed(folder, where="disk", **options)[0]
+    before = streamed.veneer_stream.conveyor.nbytes
+    found = step(streamed, config, compile=True, modes="recompute-offload", **more)
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-5, atol=0)
+    for name, grad in wanted[1].items():
+        torch.testing.assert_close(
+            found[1][name], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 1e-9, msg=name
+        )
+    assert {names.count("lora_group") for names in traced} == {4}
+    assert streamed.veneer_stream.conveyor.nbytes == before  # as it was
+    assert not any(getattr(part, "packed", None) for part in streamed.modules())
 
 
 @pytest.mark.parametrize("quant", [None, "nf4"])

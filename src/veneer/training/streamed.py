@@ -29,6 +29,7 @@ from veneer.errors import BaseModelError, ConfigError
 from veneer.kernels import dispatch
 from veneer.kernels.streamed_head import streamed_cross_entropy
 from veneer.training.accelerate import Accelerated
+from veneer.training.arriving import Arriving
 from veneer.training.chunks import LONG
 from veneer.training.forward import RowModel
 from veneer.training.lower import Start
@@ -84,7 +85,7 @@ class StreamedRows(RowModel):
         modes = "recompute" if modes == "keep" else modes
         self.fast = Accelerated(
             model, modes=modes, keep=keep, compile=compile, dynamic=dynamic, note=note, device=self.base.device,
-            packs=False,  # a packed matrix of every block would stay on the device
+            packs=False,  # a packed matrix of every block would stay on the device: see `_pack`
             lean=True, long=LONG,
         )  # fmt: skip
         self._keep_out()
@@ -99,6 +100,7 @@ class StreamedRows(RowModel):
         """Hidden states and targets of rows that go through the head together, while they are collected."""
         self._inputs: dict[int, tuple] = {}
         self._packed = False
+        self.arriving: Arriving | None = None
         self._seed = torch.zeros(0, device=self.device, requires_grad=True)
 
     def __enter__(self) -> StreamedRows:
@@ -113,6 +115,9 @@ class StreamedRows(RowModel):
 
     def __exit__(self, *error: object) -> None:
         self.fast.__exit__(*error)
+        if self.arriving is not None:
+            self.arriving.close()
+            self.arriving = None
         self.base.install()
 
     def start(self) -> None:
@@ -121,7 +126,8 @@ class StreamedRows(RowModel):
     def check(self, examples: Sequence[TokenizedExample], required: bool = False) -> None:
         """As `RowModel.check`, and that the blocks come one after the other. `BaseModelError` where they do not."""
         with self:
-            self.calls = [partial(type(block).forward, block) for block in self.blocks]  # nothing is compiled for it
+            self.calls = [partial(type(block).forward, block) for block in self.blocks]
+            self._packed = True  # nothing is compiled for it, so nothing is to be packed
             super().check(examples, required)
         if not self.fast_head:
             raise BaseModelError(
@@ -236,21 +242,15 @@ class StreamedRows(RowModel):
 
     @torch.no_grad()
     def _pack(self, hidden: Tensor, args: tuple, kwargs: dict) -> None:
-        """As `Accelerated` does for compiled blocks, the 4-bit linears alone: a float matrix would stay on the device.
-
-        What is kept of the packed weights are views of the buffer that a block is always brought to.
-        """
+        """As `Accelerated` does for compiled blocks; float matrices in the one buffer that blocks are computed from."""
         self._packed, first = True, self.blocks[0]
         with self.base.conveyor.use(0), fork_rng([self.device] if self.device.type == "cuda" else []):
             with watch(first) as names:
                 type(first).forward(first, hidden, *args, **kwargs)
-        for i, block in enumerate(self.blocks):
-            four_bits = [
-                group
-                for group in names
-                if group and type(block) is type(first)
-                if quantised.method(block.get_submodule(group[0]).base_layer) in ("nf4", "fp4")
-            ]
+        alike = [block if type(block) is type(first) else None for block in self.blocks]
+        self.arriving = Arriving(self.base.conveyor, alike, names)
+        for i, block in enumerate(alike):
+            four_bits = [group for group in names if block is not None and _four_bits(block, group)]
             if four_bits:
                 with self.base.conveyor.use(i, range(i + 1, len(self.blocks))):
                     self.fast.packing.pack([block], four_bits)
@@ -259,7 +259,7 @@ class StreamedRows(RowModel):
     def _keep_out(self) -> None:
         """What blocks save of their weights stays where it is."""
         slots = [*self.base.conveyor.slots, self.base.conveyor.cast]
-        stay = [*self.model.parameters(), *self.fast.packing.tensors(), *slots]
+        stay = [*self.model.parameters(), *self.fast.packing.tensors(), *slots]  # what arrives packed is in a slot
         self.fast.store.keep_out(tensor for tensor in stay if tensor.numel())
 
     def losses(self, rows: Sequence[Row]) -> Iterator[Tensor]:
@@ -349,6 +349,10 @@ class StreamedRows(RowModel):
             out = _hidden(self.calls[i](x, *args, **kwargs))
         hidden[r] = out.detach()
         return (get_gradient_edge(out), box) if i >= self.lowest else None
+
+
+def _four_bits(block: nn.Module, group: Sequence[str]) -> bool:
+    return bool(group) and quantised.method(block.get_submodule(group[0]).base_layer) in ("nf4", "fp4")
 
 
 def _hidden(out: Any) -> Tensor:
