@@ -98,11 +98,8 @@ def gradients(mode, compile, hidden_act="silu"):
     return (loss.detach(), after), {name: p.grad for name, p in parameters.items()}, packed
 
 
-@pytest.mark.parametrize(
-    ("mode", "act", "is_gated"),
-    [("selective", "silu", True), ("recompute", "silu", True), ("keep", "gelu_pytorch_tanh", True), ("keep", "relu", False)],
-)  # fmt: skip
-def test_compiled_blocks_give_the_plain_gradients(mode, act, is_gated, monkeypatch):
+@pytest.mark.parametrize(("mode", "act"), [("selective", "silu"), ("recompute", "gelu_pytorch_tanh")])
+def test_compiled_blocks_give_the_plain_gradients(mode, act, monkeypatch):
     graphs = []
 
     def noted(graph, **options):
@@ -110,11 +107,10 @@ def test_compiled_blocks_give_the_plain_gradients(mode, act, is_gated, monkeypat
         graphs.append(any(node.target is gated_mlp for node in graph.graph.nodes))
 
     monkeypatch.setattr("veneer.kernels.gated_mlp.graph_gated_mlps", noted)
-    torch._dynamo.reset()
     loss, wanted, none = gradients("keep", False, act)
     again, found, packed = gradients(mode, True, act)
     assert (none, packed) == (0, 12)
-    assert graphs and all(seen == is_gated for seen in graphs)
+    assert graphs and all(graphs)
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     assert abs(loss[1] - loss[0]) > 1e-5 * loss[0]  # or stale factors would not show
     for name, grad in wanted.items():
