@@ -20,6 +20,8 @@ BFLOAT16, FLOAT32 = 2, 4
 MOMENTS = 2
 """AdamW keeps two running means for each number that it trains (arXiv:1711.05101)."""
 
+SENT = "recompute-offload", "offload", "mixed"
+"""The modes of a block that send what they keep to the host: `training.store`."""
 SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 """Bytes of a number by dtype, in the order in which a safetensors file holds them."""
 
@@ -83,7 +85,8 @@ def safetensors_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadat
 class Setting:
     """One way to run a step. `micro_tokens` are those of a row, in sequences of `sequence`; `tokens` those of a step.
 
-    `dial` is train.checkpointing, `stream` where the frozen blocks live: off (on the device), host or disk.
+    `dial` is train.checkpointing, `keep` train.keep_blocks, `stream` where the frozen blocks live: off (on the device),
+    host or disk.
     """
 
     quant: str
@@ -94,6 +97,7 @@ class Setting:
     optimizer: str = "adamw"
     compile: bool = False
     stream: str = "off"
+    keep: int = 0
 
     @property
     def rows(self) -> int:
@@ -166,7 +170,8 @@ def unpacked(numbers: int, quant: str, each: int) -> float:
 
 def modes_of(setting: Setting, blocks: int) -> list[str]:
     """A mode for each block. A streamed base does not keep: `training.streamed`."""
-    return spread("recompute" if setting.stream != "off" and setting.dial == "keep" else setting.dial, blocks)
+    dial = "recompute" if setting.stream != "off" and setting.dial == "keep" else setting.dial
+    return spread(dial, blocks, setting.keep, compiled=setting.compile)
 
 
 def block_bytes(block: Block, quant: str, each: int) -> float:
@@ -196,6 +201,7 @@ def chunk_bytes(vocabulary: int, tokens: int, each: int, cuda: bool) -> float:
     """Logits and their gradients of the loss: one chunk of each, and where there are several the last one's gradients."""
     limit, each = (constants.GPU_CHUNK, each) if cuda else (constants.CPU_CHUNK, FLOAT32)
     rows = max(1, limit // (each * vocabulary))
+    rows = min(rows, max(constants.GPU_CHUNK_ROWS, tokens // 4)) if cuda else rows
     full, rest = divmod(tokens, rows)
     chunks = [rows] * min(full, 2) + [rest] * (rest > 0)
     return max(before + 2 * own for before, own in zip([0, *chunks], chunks)) * vocabulary * each
@@ -216,9 +222,8 @@ def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[fl
     if mode.startswith("recompute"):
         kept = block.inputs(tokens)
     else:
-        share = constants.SELECTIVE if mode != "keep" else 1.0
-        kept = block.compiled(tokens) * share if compiled else block.kept(tokens)
-    if not mode.endswith("offload"):
+        kept = block.compiled(tokens) * constants.KEPT[mode] if compiled else block.kept(tokens)
+    if mode not in SENT:
         return kept, 0.0
     if mode == "recompute-offload" or compiled:
         return (kept, 0.0) if block.inputs(tokens) < constants.SMALL else (0.0, kept)
@@ -235,7 +240,7 @@ def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
     if mode.startswith("recompute"):
         most = max(most, block.forward_peak(tokens) + block.inputs(tokens))
     if setting.compile:
-        saved = block.compiled(tokens) * (constants.SELECTIVE if mode in ("selective", "offload") else 1.0)
+        saved = block.compiled(tokens) * (1.0 if mode.startswith("recompute") else constants.KEPT[mode])
         most = saved + (most - block.kept(tokens)) * constants.COMPILED_WORK
     return most + max((unpacked(n, setting.quant, each) for n in block.linears), default=0.0)
 

@@ -13,8 +13,8 @@ RESERVED = 0.033
 (8B bf16 keep, mixed, 1B keep on an H200)."""
 COMPILED_WORK = 1.0
 """A compiled block's temporaries over an eager one's."""
-SELECTIVE = 0.85
-"""What a compiled block keeps at `selective` and `offload` over `keep`: `training.accelerate.KEEP`."""
+KEPT = {"keep": 1.0, "selective": 0.85, "offload": 0.85, "mixed": 0.3}
+"""What a compiled block keeps on a setting of the dial over `keep`: `training.accelerate.KEEP`."""
 FUSED = 0.3
 """Bytes that compiled element-wise operations move over eager ones'."""
 COMPILED_CALLS = 0.25
@@ -36,6 +36,8 @@ PINNED = 1.25
 """Host memory of offloaded tensors over their bytes: pinned allocations are rounded up to powers of two."""
 GPU_CHUNK, CPU_CHUNK = 256 * MIB, 64 * MIB
 """Logits of one chunk of the loss: `kernels.cross_entropy`."""
+GPU_CHUNK_ROWS = 512
+"""The same in positions, at least: `kernels.cross_entropy.FEWEST_ROWS`."""
 AHEAD = 2
 """Blocks whose offloaded tensors are on the device at once: `training.store.Host`."""
 IN_FLIGHT = 0.65
