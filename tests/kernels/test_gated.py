@@ -13,7 +13,8 @@ from test_group import assert_as_good, in_double, make, truth
 
 from veneer.kernels.gated import ACTIVATIONS, gated
 from veneer.kernels.gated_mlp import gated_mlp, graph_gated_mlps
-from veneer.kernels.group import graph_groups, lora_group, lora_member
+from veneer.kernels.group import factor_views, graph_groups, lora_group, lora_member
+from veneer.kernels.unpack import unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTH, HIDDEN, TOKENS, RANKS = 11, 37, 19, (2, 3)
@@ -181,3 +182,38 @@ def test_the_input_of_down_is_never_kept(keep):
     gate, up = member(x, first, 0), member(x, first, 1)
     for found, wanted in zip(sorted(wide, key=lambda t: t[0, 0]), sorted((gate, up), key=lambda t: t[0, 0])):
         torch.testing.assert_close(found, wanted)
+
+
+def four_bit_group(sizes, ranks, width, seed):
+    """A group of NF4 weights, and the same group with its matrix made once."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    x, _, scaling, bias, weights, lora_A, lora_B, scales = make(sizes, ranks, width, seed=seed)
+    quantised = [functional.quantize_4bit(0.3 * w, compress_statistics=False, quant_type="nf4") for w in weights]
+    empty, states = torch.empty(0), [state for _, state in quantised]
+    side, bottom = torch.zeros(sum(sizes), sum(ranks)), torch.zeros(sum(ranks), width)
+    for (a, b), down, up, s in zip(factor_views(side, bottom, sizes, ranks), lora_A, lora_B, scales):
+        a.copy_(down.detach())
+        b.copy_(s * up.detach())
+    lists = [*[q.view(-1) for q, _ in quantised], *[state.absmax for state in states], *[empty] * (2 * len(sizes))]
+    source = (side, bottom, states[0].code, empty, *lists)
+    rest = (scaling, sizes, ranks, bias, lora_A, lora_B)
+    return x, (source, *rest), ((unpack(source, False),), *rest)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.0])
+def test_a_gated_mlp_of_4_bit_weights(keep):
+    from veneer.kernels.compiling import compile_or_plain
+
+    x, first, first_dense = four_bit_group((32, 32), (2, 3), 16, 0)
+    _, last, last_dense = four_bit_group((16,), (4,), 32, 1)
+
+    def function(x, first, last):
+        return member(F.silu(member(x, first, 0)) * member(x, first, 1), last, 0)
+
+    torch._dynamo.reset()
+    out = compile_or_plain(function, keep=keep, note=pytest.fail)(x, first, last)
+    wanted = function(x, first_dense, last_dense)
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    leaves = [x, *first[5], *first[6], *last[5], *last[6]]
+    for a, b in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (out, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
