@@ -24,7 +24,7 @@ from veneer.training.packing import Packing, watch
 from veneer.training.store import SENT, Mode, Store, recomputing
 
 KEEP: dict[Mode, float] = {
-    "keep": 1.0, "selective": 0.9, "offload": 0.9, "mixed": 0.25, "recompute": 0.0, "recompute-offload": 0.0
+    "keep": 1.0, "selective": 0.9, "offload": 0.9, "mixed": 0.38, "recompute": 0.0, "recompute-offload": 0.0
 }  # fmt: skip
 """The share that the compiler keeps on each setting. In a Llama's or Qwen's block products and attention are up to 0.88 of
 what could be kept, the rest normalised inputs: with less for selective, attention would be computed again. What mixed
