@@ -42,6 +42,8 @@ PINNED = 1.25
 """Host memory of offloaded tensors over their bytes: pinned allocations are rounded up to powers of two."""
 GPU_CHUNK, CPU_CHUNK = 256 * MIB, 64 * MIB
 """Logits of one chunk of the loss: `kernels.cross_entropy`."""
+GPU_CHUNK_ROWS = 512
+"""The same in positions, at least: `kernels.cross_entropy.FEWEST_ROWS`."""
 AHEAD = 2
 """Blocks whose offloaded tensors are on the device at once: `training.store.Host`."""
 IN_FLIGHT = 0.2
