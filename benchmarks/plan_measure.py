@@ -143,22 +143,28 @@ def profile_of(shape: str, layers: int, rank: int, rows: str, dtype: str):
     return profile(folder, AdapterConfig(rank=rank, alpha=2 * rank), dtype=dtype, rows=rows)
 
 
-def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> dict:
-    """What the plan says of this setting."""
+def planned(case: Case, cuda: bool) -> tuple:
+    """The plan's profile and setting for a case."""
     from veneer.plan import bytes as size
-    from veneer.plan.roofline import step
 
     tokens, same = sum(case.lengths), len(set(case.lengths)) == 1
     rows = "split" if not cuda else "equal" if same else "mixed"
     about = profile_of(case.shape, case.layers, case.rank, rows, "bfloat16" if cuda else "float32")
     setting = size.Setting(
         quant=case.quant, dial=case.dial, micro_tokens=tokens, sequence=max(case.lengths), tokens=tokens,
-        compile=case.compile, stream=case.stream, keep=case.keep,
-        graphs=cuda and has_graphs(case),
+        compile=case.compile, stream=case.stream, keep=case.keep, graphs=cuda and has_graphs(case),
     )  # fmt: skip
+    return about, setting
+
+
+def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> dict:
+    """What the plan says of this setting."""
+    from veneer.plan import bytes as size
+    from veneer.plan.roofline import step
+
+    about, setting = planned(case, cuda)
     need = size.need(about, setting, cuda=cuda, context=context)
-    rates = replace(rates, queued=cuda)
-    return {"need": need.as_dict(), "time": step(about, setting, rates).as_dict()}
+    return {"need": need.as_dict(), "time": step(about, setting, replace(rates, queued=cuda)).as_dict()}
 
 
 def has_graphs(case: Case) -> bool:

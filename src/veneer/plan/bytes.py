@@ -109,7 +109,8 @@ class Setting:
 @dataclass(frozen=True)
 class Need:
     """Bytes that a step needs at its peak. `allocated` is the sum of the parts, `reserved` what the allocator takes for
-    it (`pool`: what CUDA graphs keep to themselves, as much as a row takes), `total` that and what the device or process holds besides. `host` is host memory beside a GPU (else 0)."""
+    it (`pool`: what CUDA graphs keep to themselves, as much as a row takes), `total` that and what the device or process
+    holds besides. `host` is host memory beside a GPU (else 0)."""
 
     base: float
     adapter: float
@@ -230,6 +231,8 @@ def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[fl
     """What a block keeps for its backward pass after its forward pass, in bytes: on the device, and in host memory."""
     if mode.startswith("recompute"):
         kept = block.inputs(tokens)
+    elif compiled and mode == "mixed":
+        kept = block.inputs(tokens) + constants.KEPT_MIXED * block.widest * tokens
     elif compiled:
         kept = block.dear(tokens) * constants.KEPT[mode]
         kept += constants.NORMS * block.inputs(tokens) if mode == "keep" else 0.0
@@ -258,6 +261,7 @@ def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
         if mode in SENT[1:]:  # what several operations save comes back as often
             kept, sent = kept_bytes(block, mode, tokens, False)
             most += max(0.0, sent + kept - block.kept(tokens))
+        most += constants.EAGER_WORK * block.kept(tokens)
     sizes = block.groups if packs(setting) else block.linears
     return most + max((unpacked(n, setting.quant, each) for n in sizes), default=0.0)
 
@@ -315,5 +319,5 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     if not cuda:
         parts["base"] += resident
     host = constants.HOST_RUN + away * constants.PINNED + paged + resident if cuda else 0.0
-    pool = own if setting.graphs and cuda else 0.0
+    pool = constants.POOL * own if setting.graphs and cuda else 0.0
     return Need(**parts, pool=pool, slack=slack, context=besides, host=host, at=at)

@@ -54,11 +54,12 @@ class Block:
     """One repeated block. Bytes by tokens of a row, over what was there before the block:
 
     `inputs` its hidden states, `kept` what eager autograd keeps of it, `dear` what of that is dear to compute again,
-    `forward_peak` and `backward_peak` the most while it runs with all kept. `parcels` are a token's bytes of each tensor that eager
-    autograd saves, as often as it does.
-    `linears` are the sizes of its frozen matrices that quantisation takes, `other` the rest of its weights in numbers.
-    `beside` is what packing adds to its weights in numbers, and `groups` the sizes of the packed matrices that come of
-    linears of one input (`training.packing`). `heads` is heads times head width of the queries, `window` the tokens that attention looks back (None: all).
+    `forward_peak` and `backward_peak` the most while it runs with all kept. `parcels` are a token's bytes of each tensor
+    that eager autograd saves, as often as it does.
+    `linears` are the sizes of its frozen matrices that quantisation takes, `other` the rest of its weights in numbers;
+    `beside` is what packing adds to them in numbers, and `groups` the sizes of the packed matrices that come of linears
+    of one input (`training.packing`). `heads` is heads times head width of the queries, `window` the tokens that
+    attention looks back (None: all).
     """
 
     inputs: Line
