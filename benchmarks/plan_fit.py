@@ -63,8 +63,8 @@ def fit(names: dict[str, float], loss: Callable[[], float], rounds: int = 6) -> 
     """Move each constant by its step, up and down, while the loss falls; then halve the steps."""
     best, steps = loss(), dict(names)
     for _ in range(rounds):
-        for name, step in steps.items():
-            for way in (step, -step):
+        for name, size in steps.items():
+            for way in (size, -size):
                 while (value := get(name) + way) >= 0:
                     before = get(name)
                     put(name, value)
@@ -73,7 +73,7 @@ def fit(names: dict[str, float], loss: Callable[[], float], rounds: int = 6) -> 
                         continue
                     put(name, before)
                     break
-        steps = {name: step / 2 for name, step in steps.items()}
+        steps = {name: size / 2 for name, size in steps.items()}
 
 
 def cost(found: Sequence[float]) -> float:
