@@ -152,9 +152,9 @@ def planned(case: Case, cuda: bool) -> tuple:
     about = profile_of(case.shape, case.layers, case.rank, rows, "bfloat16" if cuda else "float32")
     setting = size.Setting(
         quant=case.quant, dial=case.dial, micro_tokens=tokens, sequence=max(case.lengths), tokens=tokens,
-        compile=case.compile, stream=case.stream, keep=case.keep, graphs=cuda and has_graphs(case),
+        compile=case.compile, stream=case.stream, keep=case.keep,
     )  # fmt: skip
-    return about, setting
+    return about, replace(setting, graphs=cuda and size.can_have_graphs(setting))
 
 
 def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> dict:
@@ -165,11 +165,6 @@ def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> di
     about, setting = planned(case, cuda)
     need = size.need(about, setting, cuda=cuda, context=context)
     return {"need": need.as_dict(), "time": step(about, setting, replace(rates, queued=cuda)).as_dict()}
-
-
-def has_graphs(case: Case) -> bool:
-    """Whether a run has CUDA graphs with this setting."""
-    return case.compile and case.stream == "off" and case.dial in ("keep", "selective", "recompute")
 
 
 def gpu_worker(case: Case, rates: dict) -> None:
@@ -212,7 +207,7 @@ def steps(case: Case, step: Step) -> dict:
 
     found, times = {}, []
     for name, count, other in (("first", 1, False), ("later", 3, False), ("other", 1, True)):
-        if other and not has_graphs(case):
+        if other and not planned(case, True)[1].graphs:
             continue
         for _ in range(count):
             began = time.time()

@@ -183,6 +183,11 @@ def packs(setting: Setting) -> bool:
     return setting.compile and (setting.stream == "off" or setting.quant in ("nf4", "fp4"))
 
 
+def can_have_graphs(setting: Setting) -> bool:
+    """Whether rows of this setting can run as CUDA graphs: `training.graphs`."""
+    return setting.compile and setting.stream == "off" and setting.dial not in SENT
+
+
 def block_bytes(block: Block, quant: str, each: int) -> float:
     """The frozen weights of one block."""
     return sum(packed(n, quant, each) for n in block.linears) + block.other * each

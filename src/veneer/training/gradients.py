@@ -63,12 +63,13 @@ class Gradients:
             return StreamedRows(self.setup.model, packing=train.pack != "off", **options)
         return Accelerated(self.setup.model, **options)
 
-    def _graphs(self) -> RowGraphs | None:
-        """CUDA graphs of rows, where a budget has room for what they hold besides; a streamed base has none."""
+    def _graphs(self, short: bool = False) -> RowGraphs | None:
+        """CUDA graphs of rows, where there is room for what they hold besides: the plan says so, and memory is not `short`.
+        A streamed base has none."""
         if self.streamed:
             return None
         train, plan = self.config.train, self.plan
-        if plan is not None and train.vram is not None and 2 * plan.chosen.need.total > plan.budget.device:
+        if short or (plan is not None and not plan.chosen.setting.graphs):
             train = train.model_copy(update={"cuda_graphs": "off"})
         return RowGraphs(self.rows, self.fast, train, self.note)
 
@@ -147,7 +148,7 @@ class Gradients:
         if self.streamed:
             self.fast.packing, self.fast.fast_head = before.packing, before.fast_head
             self.rows = self.fast
-        self.graphs = self._graphs()
+        self.graphs = self._graphs(short=True)
         del before
         release(self.device)
         self.fast.__enter__()
