@@ -20,7 +20,7 @@ from veneer.errors import BaseModelError, ConfigError, PlanError
 from veneer.plan import bytes as size
 from veneer.plan import constants
 from veneer.plan.devices import CARDS, CPU
-from veneer.plan.fit import AXES, Budget, Wish, find, options
+from veneer.plan.fit import AXES, Budget, Wish, describe, find, options
 from veneer.plan.here import machine
 from veneer.plan.profile import profile
 from veneer.plan.roofline import step
@@ -164,6 +164,7 @@ def test_the_dial_saves_memory_and_the_parts_add_up(planned):
     for need in needs.values():
         values = need.as_dict()
         parts = ("base", "adapter", "gradients", "optimizer", "kept", "work", "head", "workspace")
+        assert need.pool == 0
         assert values["allocated"] == pytest.approx(sum(values[key] for key in parts), abs=len(parts))
         assert values["total"] == pytest.approx(values["allocated"] + values["slack"] + values["context"], abs=3)
 
@@ -187,6 +188,34 @@ def test_a_plan_never_exceeds_its_budget(planned, budget, host, compile):
     json.dumps(plan.as_dict())
 
 
+def test_what_memory_is_left_keeps_the_last_blocks(planned):
+    said = planned(rows="equal", dtype="bfloat16", layers=6)
+    fixed = {"dial": "recompute", "micro_tokens": 65536, "quant": "none", "stream": "off", "optimizer": "adamw"}
+    wish, card = Wish(512, 65536, fixed), CARDS[0].rates
+    needs = [
+        size.need(said, size.Setting("none", "recompute", 65536, 512, 65536, compile=True, keep=k)) for k in range(7)
+    ]
+    budget = Budget((needs[3].total + needs[4].total) / 2 * (1 + constants.MARGIN), context=constants.CONTEXT)
+    plan = find(said, budget, card, wish)
+    assert plan.chosen.setting.keep == 3 and plan.chosen.wanted <= budget.device
+    assert plan.steps_down[0].setting == replace(plan.chosen.setting, keep=0)
+    assert "keep_blocks 3" in describe(plan.chosen.setting)
+    assert find(said, budget, card, replace(wish, fixed=fixed | {"keep": 1})).chosen.setting.keep == 1
+
+
+def test_cuda_graphs_come_where_twice_a_row_fits(planned):
+    said = planned(rows="equal", dtype="bfloat16")
+    fixed = {"dial": "recompute", "micro_tokens": 65536, "quant": "none", "stream": "off", "keep": 0}
+    setting = size.Setting("none", "recompute", 65536, 512, 65536, compile=True)
+    plain, graphs = (
+        size.need(said, replace(setting, graphs=wish)).total * (1 + constants.MARGIN) for wish in (False, True)
+    )
+    assert graphs > plain
+    for budget, wish in ((plain * 1.001, False), (graphs * 1.001, True)):
+        chosen = find(said, Budget(budget, context=constants.CONTEXT), CARDS[0].rates, Wish(512, 65536, fixed)).chosen
+        assert chosen.setting.graphs == wish and chosen.wanted <= budget
+
+
 def test_what_the_user_fixed_stays(planned):
     said = planned(rows="equal", dtype="bfloat16")
     fixed = {"dial": "recompute", "quant": "nf4", "micro_tokens": 512, "optimizer": "adamw-8bit", "stream": "off"}
@@ -199,7 +228,7 @@ def test_nothing_fits_says_the_least_and_what_to_change(planned):
     wish = Wish(65536, 65536, {"dial": "keep", "stream": "off"})
     least = {}
     for option in options(said, Budget(1e12), CARDS[0].rates, replace(wish, fixed={"stream": "off"})):
-        dial, total = option.setting.dial, option.need.total * (1 + constants.MARGIN)
+        dial, total = option.setting.dial, (option.need.total - option.need.pool) * (1 + constants.MARGIN)
         least[dial] = min(total, least.get(dial, total))
     with pytest.raises(PlanError) as raised:
         find(said, Budget((least["keep"] + least["recompute"]) / 2), CARDS[0].rates, wish)
