@@ -16,6 +16,8 @@ from statistics import fmean
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
+from veneer.plan import constants  # noqa: E402
+
 PAGE, MARKS = ROOT / "docs/memory.md", ("<!-- measured -->", "<!-- end of measured -->")
 FILES = {"CPU": "plan_cpu.json", "GPU": "plan_gpu.json"}
 WHAT = {"allocated": "allocated", "reserved": "reserved", "rss": "total"}
@@ -27,14 +29,15 @@ def load(file: Path, again: bool) -> dict | None:
     if not file.exists():
         return None
     record = json.loads(file.read_text(encoding="utf-8"))
-    record["results"] = [r for r in record["results"] if "skipped" not in r]
+    for part in ("results", "speed"):
+        record[part] = [r for r in record.get(part, []) if "skipped" not in r]
     if again:
         from plan_cases import Case
         from plan_measure import predicted
 
         from veneer.plan.roofline import Rates
 
-        for result in record["results"]:
+        for result in record["results"] + record["speed"]:
             if "measured" in result:
                 case = Case(**result["case"] | {"lengths": tuple(result["case"]["lengths"])})
                 cuda = "allocated" in result["measured"]
@@ -68,8 +71,8 @@ def summary(name: str, found: list[float]) -> str:
     )
 
 
-def table(results: list[dict]) -> str:
-    """Errors by what is predicted, and of memory by setting of the dial."""
+def table(results: list[dict], timed: list[dict]) -> str:
+    """Errors by what is predicted, and of memory by setting of the dial; tokens/s of the settings in `timed`."""
     head = (
         "| | settings | mean \\|error\\| | mean | most under | most over | within 8 % |\n|---|---|---|---|---|---|---|"
     )
@@ -84,7 +87,10 @@ def table(results: list[dict]) -> str:
                 summary(f"… {label} {value}", errors([r for r in results if r["case"][part] == value], memory))
                 for value in values
             ]
-    rows.append(summary("tokens/s", speeds(results)))
+    rows.append(summary("tokens/s", speeds(timed)))
+    for value in (True, False):
+        own = [r for r in timed if r["case"]["compile"] is value]
+        rows.append(summary(f"… compile {value}", speeds(own)) if 0 < len(own) < len(timed) else "")
     return "\n".join([head, *[row for row in rows if row]])
 
 
@@ -96,11 +102,14 @@ def section(name: str, record: dict) -> str:
         f"### {name}: {machine['device']}",
         f"`{record['command']} --out benchmarks/results/{FILES[name]}`; torch {machine['torch']}, transformers "
         f"{machine['transformers']}; {len(results) - len(failed)} settings.",
-        table(results),
+        table(results, record["speed"] or results),
     ]
     if held:
         ran = sum(h is True for h in held)
-        lines.append(f"Held to the prediction and the plan's margin, {ran} of {len(held)} settings ran.")
+        lines.append(
+            f"With the allocator held to the prediction and the plan's margin of {constants.MARGIN:.0%}, {ran} of "
+            f"{len(held)} settings ran."
+        )
     if failed:
         lines.append(f"{len(failed)} did not run: " + "; ".join(str(r.get("failed"))[:120] for r in failed[:5]) + ".")
     lines.append(f"![predicted against measured](memory_{name.lower()}.png)")
@@ -118,7 +127,8 @@ def plot(name: str, record: dict) -> None:
     key = "rss" if "rss" in results[0]["measured"] else "allocated"
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4))
     pairs = [(r["measured"][key] / 1e9, r["need"][WHAT[key]] / 1e9, r["case"]["dial"]) for r in results]
-    speed = [(r["measured"]["tokens_per_second"], r["time"]["tokens_per_second"], r["case"]["dial"]) for r in results]
+    timed = [r for r in record["speed"] if "measured" in r] or results
+    speed = [(r["measured"]["tokens_per_second"], r["time"]["tokens_per_second"], r["case"]["dial"]) for r in timed]
     for axis, points, label in zip(axes, (pairs, speed), (f"peak memory, {key} (GB)", "tokens/s")):
         for dial in dict.fromkeys(p[2] for p in points):
             own = [p for p in points if p[2] == dial]
