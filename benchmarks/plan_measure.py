@@ -143,10 +143,9 @@ def profile_of(shape: str, layers: int, rank: int, rows: str, dtype: str):
     return profile(folder, AdapterConfig(rank=rank, alpha=2 * rank), dtype=dtype, rows=rows)
 
 
-def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> dict:
-    """What the plan says of this setting."""
+def planned(case: Case, cuda: bool) -> tuple:
+    """The plan's profile and setting for a case."""
     from veneer.plan import bytes as size
-    from veneer.plan.roofline import step
 
     tokens, same = sum(case.lengths), len(set(case.lengths)) == 1
     rows = "split" if not cuda else "equal" if same else "mixed"
@@ -155,14 +154,17 @@ def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> di
         quant=case.quant, dial=case.dial, micro_tokens=tokens, sequence=max(case.lengths), tokens=tokens,
         compile=case.compile, stream=case.stream, keep=case.keep,
     )  # fmt: skip
+    return about, replace(setting, graphs=cuda and size.can_have_graphs(setting))
+
+
+def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> dict:
+    """What the plan says of this setting."""
+    from veneer.plan import bytes as size
+    from veneer.plan.roofline import step
+
+    about, setting = planned(case, cuda)
     need = size.need(about, setting, cuda=cuda, context=context)
-    rates = replace(rates, queued=cuda)
-    return {"need": need.as_dict(), "time": step(about, setting, rates).as_dict()}
-
-
-def has_graphs(case: Case) -> bool:
-    """Whether a run has CUDA graphs with this setting."""
-    return case.compile and case.stream == "off" and case.dial in ("keep", "selective", "recompute")
+    return {"need": need.as_dict(), "time": step(about, setting, replace(rates, queued=cuda)).as_dict()}
 
 
 def gpu_worker(case: Case, rates: dict) -> None:
@@ -205,7 +207,7 @@ def steps(case: Case, step: Step) -> dict:
 
     found, times = {}, []
     for name, count, other in (("first", 1, False), ("later", 3, False), ("other", 1, True)):
-        if other and not has_graphs(case):
+        if other and not planned(case, True)[1].graphs:
             continue
         for _ in range(count):
             began = time.time()

@@ -141,7 +141,9 @@ def test_compiled_blocks_are_packed_as_they_arrive(tmp_path, tokenizer, monkeypa
         torch.testing.assert_close(
             found[1][name], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 1e-9, msg=name
         )
-    assert {(names.count("lora_group"), names.count("gated_mlp")) for names in traced} == {(2, 1)}  # q, k, v; o; the rest
+    assert {(names.count("lora_group"), names.count("gated_mlp")) for names in traced} == {
+        (2, 1)
+    }  # q, k, v; o; the rest
     assert streamed.veneer_stream.conveyor.nbytes == before  # as it was
     assert not any(getattr(part, "packed", None) for part in streamed.modules())
 

@@ -137,6 +137,7 @@ class Accelerated:
         return call
 
     def __exit__(self, *error: object) -> None:
+        self.store.start()
         self.packing.unpack()
         for block in self.blocks:
             block.__dict__.pop("forward", None)
