@@ -99,7 +99,8 @@ class Accelerated:
     def _wrapped(self, block: nn.Module, forward: Callable, mode: Mode) -> Callable:
         call = recomputing(forward, self.random) if KEEP[mode] == 0 else forward
         if self.compile:
-            options = {"keep": KEEP[mode], "lean": self.lean, "dynamic": self.dynamic, "note": self.note}
+            lean = self.lean or mode == "recompute-offload"  # it is there to save memory
+            options = {"keep": KEEP[mode], "lean": lean, "dynamic": self.dynamic, "note": self.note}
             call = compile_or_plain(forward, otherwise=call, **options)
         if self.long and KEEP[mode] == 0:
             call = self._by_length(call, recomputing(self.chunked.block(block, forward), self.random))
