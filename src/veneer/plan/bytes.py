@@ -267,8 +267,8 @@ def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
             kept, sent = kept_bytes(block, mode, tokens, False)
             most += max(0.0, sent + kept - block.kept(tokens))
         most += constants.EAGER_WORK * block.kept(tokens)
-    sizes = block.groups if packs(setting) else block.linears
-    return most + max((unpacked(n, setting.quant, each) for n in sizes), default=0.0)
+    sizes, times = (block.groups, constants.UNPACKS[mode]) if packs(setting) else (block.linears, 1.0)
+    return most + times * max((unpacked(n, setting.quant, each) for n in sizes), default=0.0)
 
 
 def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: float | None = None) -> Need:
@@ -298,7 +298,8 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     chunk = chunk_bytes(profile.vocabulary, tokens, each, cuda)
     if setting.stream != "off":
         chunk = streamed_chunk_bytes(profile.hidden, profile.vocabulary, tokens, each)
-    peaks.append((left, profile.head_end(tokens), chunk, "the loss"))
+    there = profile.head_end(tokens) + (constants.HEAD_INPUTS * profile.hidden * each * tokens if cuda else 0.0)
+    peaks.append((left, there, chunk, "the loss"))
     peaks.append((left, max(profile.head_peak(tokens), profile.tail_peak(tokens)), 0.0, "the final norm"))
     kept, work, head, at = max(peaks, key=lambda peak: sum(peak[:3]))
     moments, paged = optimizer_bytes(profile, setting.optimizer)

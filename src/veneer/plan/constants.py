@@ -9,10 +9,11 @@ CONTEXT = 560 * MIB
 WORKSPACE = 64 * MIB
 """cuBLAS's workspaces, from the caching allocator: 32 MiB on Hopper (8 MiB elsewhere) for the thread of the forward pass
 and for autograd's."""
-RESERVED = 0.02
-"""The allocator's reserve over what is allocated at the peak besides weights, gradients and moments."""
-RESERVED_FIXED = 48 * MIB
-"""The allocator's reserve at least: pieces of its segments of 20 MiB."""
+RESERVED = 0.005
+"""The allocator's reserve over what comes and goes (activations, logits)."""
+RESERVED_FIXED = 140 * MIB
+"""The allocator's reserve at least: what is left of its segments of 20 MiB (0.13 GB beside 26 GB that come and go, 0.21 GB
+beside 2 GB; 8B on an H200)."""
 POOL = 1.0
 """What CUDA graphs keep to themselves over what a row takes."""
 EAGER_WORK = 0.0
@@ -23,10 +24,14 @@ KEPT_MIXED = 1.0
 """What it keeps at `mixed` besides its input, in tensors as wide as its widest: the gate's product."""
 NORMS = 2.0
 """Times a block's input that a compiled block keeps besides at `keep`: what its norms give."""
-WORK_WIDE = {"keep": 3.0, "selective": 3.0, "offload": 3.0, "mixed": 3.0, "recompute": 3.0, "recompute-offload": 3.0}
+WORK_WIDE = {"keep": 3.5, "selective": 3.5, "offload": 3.5, "mixed": 3.0, "recompute": 3.5, "recompute-offload": 3.5}
 WORK_INPUTS = 4.0
 """A compiled block's temporaries in its backward pass, in tensors as wide as its widest and as its input: the MLP's
 products and their gradients (8B on an H200: 0.94 and 0.27 GB of a peak's 1.2 GB at 8,192 tokens)."""
+UNPACKS = {"keep": 1.0, "selective": 1.0, "offload": 1.0, "mixed": 0.5, "recompute": 1.5, "recompute-offload": 1.5}
+"""Packed matrices that a compiled block makes of 4-bit ones at once at its peak, in the largest (8B NF4 on an H200)."""
+HEAD_INPUTS = 2.0
+"""Tensors of the size of the hidden states that are there with the loss's logits besides those that are counted."""
 FUSED = 0.3
 """Bytes that compiled element-wise operations move over eager ones'."""
 AGAIN_MIXED = 0.5
