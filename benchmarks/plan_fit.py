@@ -30,7 +30,7 @@ MEMORY = {
     **{f"UNPACKS.{dial}": 0.25 for dial in constants.UNPACKS},
 }  # fmt: skip
 """What is fitted to allocated memory, with the first step."""
-RESERVE = {"RESERVED": 0.01, "RESERVED_FIXED": 8 << 20, "POOL": 0.05}
+RESERVE = {"RESERVED": 0.01, "RESERVED_SENT": 0.05, "RESERVED_FIXED": 8 << 20, "POOL": 0.05}
 SPEED = {"FUSED": 0.05, "PRODUCT_SHARE": 0.05, "MOVE_SHARE": 0.05, "ATTENTION_SHARE": 0.1, "UNPACK_SHARE": 0.05,
          "EAGER_CALLS": 0.2, "AGAIN_MIXED": 0.05, "COMPILED_CALLS": 0.05}  # fmt: skip
 

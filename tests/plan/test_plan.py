@@ -235,7 +235,7 @@ def test_nothing_fits_says_the_least_and_what_to_change(planned):
     text = str(raised.value)
     assert text.startswith("nothing fits ") and "the least is " in text and "it fits with train.checkpointing: " in text
     with pytest.raises(PlanError, match="--seq"):
-        find(said, Budget(8e8), CARDS[0].rates, replace(wish, fixed={}, sequence=900_000, tokens=900_000))
+        find(said, Budget(1e9), CARDS[0].rates, replace(wish, fixed={}, sequence=900_000, tokens=900_000))
     with pytest.raises(PlanError, match="of host memory"):
         find(said, Budget(8e9, 1e9), CARDS[0].rates, replace(wish, sequence=512, fixed={}))
 

@@ -315,6 +315,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     }
     own = kept + work + head
     slack = constants.RESERVED_FIXED + constants.RESERVED * own
+    slack += constants.RESERVED_SENT * max(last)
     if not cuda:
         slack = constants.HOST_SLACK * sum(value for key, value in parts.items() if key not in ("base", "adapter"))
     besides = context if context is not None else constants.CONTEXT if cuda else constants.HOST_BASELINE

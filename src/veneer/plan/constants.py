@@ -9,11 +9,12 @@ CONTEXT = 560 * MIB
 WORKSPACE = 64 * MIB
 """cuBLAS's workspaces, from the caching allocator: 32 MiB on Hopper (8 MiB elsewhere) for the thread of the forward pass
 and for autograd's."""
-RESERVED = 0.005
+RESERVED = 0.01
 """The allocator's reserve over what comes and goes (activations, logits)."""
-RESERVED_FIXED = 140 * MIB
-"""The allocator's reserve at least: what is left of its segments of 20 MiB (0.13 GB beside 26 GB that come and go, 0.21 GB
-beside 2 GB; 8B on an H200)."""
+RESERVED_SENT = 0.5
+"""The same over what a block sends to the host, where that is: its memory is free only when the copy is done."""
+RESERVED_FIXED = 64 * MIB
+"""The allocator's reserve at least: what is left of its segments of 20 MiB."""
 POOL = 1.0
 """What CUDA graphs keep to themselves over what a row takes."""
 EAGER_WORK = 0.0

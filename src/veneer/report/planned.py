@@ -27,6 +27,8 @@ def print_plan(plan: Plan, console: Console, title: str, notes: list[str]) -> No
     """The chosen setting with its memory, the next best, and why the others were not taken."""
     console.print(title, soft_wrap=True)
     console.print(_settings([plan.chosen, *plan.runners_up]))
+    if any(option.setting.keep for option in [plan.chosen, *plan.runners_up]):
+        console.print("+n: the last n blocks are kept all the same (train.keep_blocks)", style="dim")
     console.print(_memory(plan))
     console.print()
     console.print(_not_taken(plan))
@@ -38,15 +40,12 @@ def _settings(options: list[Option]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("", "quant", "stream", "checkpointing", "optimizer"):
         table.add_column(name, no_wrap=True)
-    kept = any(option.setting.keep for option in options)
-    for name in (*["keep_blocks"] * kept, "row", "GB", "host GB", "s/step", "tokens/s"):
+    for name in ("row", "GB", "host GB", "s/step", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, option in enumerate(options):
         s, mark = option.setting, "→" if i == 0 else ""
-        more = [str(s.keep or "")] * kept
-        table.add_row(
-            mark, s.quant, s.stream, s.dial, s.optimizer, *more, *_numbers(option), style=None if i else "bold"
-        )
+        dial = f"{s.dial} +{s.keep}" if s.keep else s.dial
+        table.add_row(mark, s.quant, s.stream, dial, s.optimizer, *_numbers(option), style=None if i else "bold")
     return table
 
 
