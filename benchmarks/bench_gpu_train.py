@@ -3,22 +3,32 @@
     python benchmarks/bench_gpu_train.py --out results.json              all cases
     python benchmarks/bench_gpu_train.py --only "8B bf16 4x2048"         one of them
 
-Each measurement runs in a process of its own: random weights from the real configuration, random tokens, rank 16 on all
-seven projections, AdamW in float32. Reported: the median step, tokens/s, peak allocated memory of all steps, seconds to
-load and to the first step ("again": in a second process, whose compiled code is on disk). Peers that are not installed
-are left out and named.
+Each measurement runs in a process of its own, with PyTorch's expandable segments as in `veneer train`: random weights from
+the real configuration, random tokens, rank 16 on all seven projections, AdamW in float32. Reported: the median step,
+tokens/s, peak allocated memory of all steps, seconds to load and to the first step ("again": in a second process, whose
+compiled code is on disk). With --at-once several of them load and compile at the same time, and wait for each other to be
+timed, one after the other: that makes "start" longer. Peers that are not installed are left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+LOCK = Path(tempfile.gettempdir()) / f"veneer-bench-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock"
+"""Held while steps are timed, one process at a time on a GPU."""
 CONFIGS = {
     "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
@@ -33,15 +43,21 @@ CASES = {
     "8B bf16 4x2048": ("8B", "bf16", [2048] * 4,
         ["veneer:keep", "veneer:selective", "veneer:selective:again", "unsloth:none", "liger-nocast", "peft-nocast", "peft"]),
     "8B bf16 4x2048 in less memory": ("8B", "bf16", [2048] * 4,
-        ["veneer:mixed", "veneer:recompute", "veneer:recompute-offload", "unsloth:ckpt", "liger-nocast:ckpt"]),
+        ["veneer:mixed", "veneer:recompute-offload", "unsloth:ckpt", "liger-nocast:ckpt"]),
     "8B nf4 4x2048": ("8B", "nf4", [2048] * 4,
-        ["veneer:selective", "veneer:mixed", "veneer:recompute", "veneer:recompute-offload", "unsloth:ckpt"]),
-    "8B nf4 1x2048": ("8B", "nf4", [2048], ["veneer:selective", "veneer:recompute", "unsloth:ckpt"]),
+        ["veneer:mixed/0/0/host", "veneer:recompute-offload/0/0/host", "veneer:recompute", "unsloth:ckpt"]),
+    "8B nf4 1x2048": ("8B", "nf4", [2048],
+        ["veneer:recompute/0/0/host", "veneer:recompute-offload/0/0/host", "unsloth:ckpt"]),
     "1B bf16 8x1024": ("1B", "bf16", [1024] * 8, ["veneer:keep", "veneer:selective", "unsloth:none", "liger-nocast"]),
     "1B bf16 1x512": ("1B", "bf16", [512], ["veneer:keep", "veneer:selective", "unsloth:none", "liger-nocast"]),
     "8B bf16 packed chats": ("8B", "bf16", CHAT, ["veneer:selective", "unsloth:none"]),
     "8B bf16 1x32768": ("8B", "bf16", [32768], ["veneer:mixed", "veneer:recompute-offload", "unsloth:ckpt"]),
+    "8B bf16 by length": ("8B", "bf16", [512, 2048, 8192, 32768],
+        ["veneer:mixed", "unsloth:ckpt", "liger-nocast:ckpt", "peft-nocast:ckpt", "veneer:selective"]),
 }  # fmt: skip
+"""Name → (shape, precision, lengths of a step, who). Veneer's are veneer:DIAL/ROW/KEEP/EMBEDDING: `train.checkpointing`,
+tokens of a row (0: the whole step in one), `train.keep_blocks`, `train.embedding`. "by length": steps of one sequence, of
+each length in turn."""
 
 
 def config_of(shape: str):
@@ -80,7 +96,9 @@ def saved(shape: str) -> str:
     from transformers import PreTrainedTokenizerFast
 
     path = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"veneer-bench-{shape}"
-    if not (path / "config.json").exists():
+    with FileLock(f"{path}.lock"):
+        if (path / "tokenizer.json").exists():
+            return str(path)
         model = build(shape, "bf16")
         model.save_pretrained(path)
         tokenizer = Tokenizer(models.BPE())
@@ -93,47 +111,59 @@ def saved(shape: str) -> str:
     return str(path)
 
 
-def veneer_step(shape: str, precision: str, lengths: list[int], mode: str):
+def veneer_model(shape: str, precision: str, lengths: list[int], mode: str):
+    """steps(lengths) → (step, value) of one model; the blocks are compiled once."""
     import numpy as np
 
     import veneer
+    from veneer.base.host_embedding import embedding_to_host
     from veneer.data.example import TokenizedExample
     from veneer.training.accelerate import Accelerated
     from veneer.training.flat import FlatOptimizer
     from veneer.training.forward import RowModel
     from veneer.training.graphs import RowGraphs
 
+    given = mode.split("/")
+    dial, row, keep, embedding = given + ["keep", "0", "0", "device"][len(given) :]
     model = build(shape, precision)
     bank = veneer.attach(model, veneer.AdapterConfig(rank=16, alpha=32), seed=0)
     model.train()
-    options = veneer.OptimConfig(lr=1e-4, micro_batch_tokens=sum(lengths))
+    if embedding == "host":
+        embedding_to_host(model)
+    most = int(row) or max(sum(lengths), *lengths)
+    options = veneer.OptimConfig(lr=1e-4, micro_batch_tokens=most)
     optimizer = FlatOptimizer(bank.parameters("default"), options)
-    rows_of = RowModel(model)
-    fast = Accelerated(model, modes=mode, dynamic=len(set(lengths)) > 1, note=lambda text: print(text, file=sys.stderr))
-    graphs = RowGraphs(rows_of, fast, options, lambda text: print(text, file=sys.stderr))
+    rows_of, say = RowModel(model), lambda text: print(text, file=sys.stderr)
+    fast = Accelerated(model, modes=dial, keep=int(keep), dynamic=len(set(lengths)) > 1, note=say)
+    graphs = RowGraphs(rows_of, fast, options, say)
     random = np.random.default_rng(0)
-    examples = [
-        TokenizedExample(random.integers(5, model.config.vocab_size - 5, n).astype(np.int32), np.ones(n, bool))
-        for n in lengths
-    ]
-    rows = rows_of.pack(examples, sum(lengths), False)
-    supervised = sum(len(row.targets) for row in rows)
 
-    def step() -> float:
-        optimizer.zero_grad()
-        for row in rows:
-            fast.start()
-            loss = graphs.backward(row, 1 / supervised)
-        optimizer.step()
-        return loss
+    def steps(lengths: list[int]):
+        examples = [
+            TokenizedExample(random.integers(5, model.config.vocab_size - 5, n).astype(np.int32), np.ones(n, bool))
+            for n in lengths
+        ]
+        rows = rows_of.pack(examples, most, False)
+        supervised = sum(len(row.targets) for row in rows)
 
-    step.contexts = rows_of.attention(), fast  # held with the step: a dropped context would end
-    for context in step.contexts:
+        def step() -> float:
+            optimizer.zero_grad()
+            losses = []
+            for row in rows:
+                fast.start(unchanged=bool(losses))
+                losses.append(graphs.backward(row, 1 / supervised))
+            optimizer.step()
+            return sum(losses)
+
+        return step, lambda value: float(value) / supervised
+
+    steps.contexts = rows_of.attention(), fast  # held with the steps: a dropped context would end
+    for context in steps.contexts:
         context.__enter__()
-    return step, lambda value: float(value) / supervised
+    return steps
 
 
-def peft_step(shape: str, precision: str, lengths: list[int], name: str, mode: str):
+def peft_model(shape: str, precision: str, name: str, mode: str):
     import peft
     import torch
 
@@ -155,11 +185,15 @@ def peft_step(shape: str, precision: str, lengths: list[int], name: str, mode: s
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
-    return plain_step(model, lengths)
+    return plain_steps(model)
 
 
-def unsloth_step(shape: str, precision: str, lengths: list[int], mode: str):
+def unsloth_model(shape: str, precision: str, lengths: list[int], mode: str):
     import torch
+
+    os.environ.setdefault(
+        "UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="unsloth-")
+    )  # not shared with another one
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
@@ -171,67 +205,89 @@ def unsloth_step(shape: str, precision: str, lengths: list[int], mode: str):
         use_gradient_checkpointing="unsloth" if mode == "ckpt" else False,
         max_seq_length=longest(lengths),
     )  # fmt: skip
-    return plain_step(model, lengths)
+    return plain_steps(model)
 
 
 def longest(lengths: list[int]) -> int:
-    """The longest sequence that `plain_step` makes of them."""
-    return lengths[0] if len(set(lengths)) == 1 else sum(lengths)
+    """The longest sequence that `plain_steps` makes of them."""
+    return max(lengths) if len(set(lengths)) == 1 else sum(lengths)
 
 
-def plain_step(model, lengths: list[int]):
+def plain_steps(model):
     """Forward with labels, backward, AdamW, on a batch of equal lengths; several lengths as one long sequence, which is
     what packing without a varlen kernel does (examples then see each other)."""
     import torch
 
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    shape = (len(lengths), lengths[0]) if len(set(lengths)) == 1 else (1, sum(lengths))
-    ids = torch.randint(5, model.config.vocab_size - 5, shape, device="cuda")
 
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+    def steps(lengths: list[int]):
+        shape = (len(lengths), lengths[0]) if len(set(lengths)) == 1 else (1, sum(lengths))
+        ids = torch.randint(5, model.config.vocab_size - 5, shape, device="cuda")
 
-    return step, float
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step, float
+
+    return steps
 
 
-def worker(shape: str, precision: str, lengths: list[int], who: str, steps: int) -> dict:
+def worker(case: str, who: str, count: int) -> dict:
+    """One measurement; of a case by length one for each length under "by_length", until memory runs out."""
+    import torch
+
+    shape, precision, lengths, _ = CASES[case]
     began = time.time()
     name, mode = (*who.split(":"), "")[:2]
     if name == "unsloth":
-        step, value = unsloth_step(shape, precision, lengths, mode)
+        steps = unsloth_model(shape, precision, lengths, mode)
     elif name == "veneer":
-        step, value = veneer_step(shape, precision, lengths, mode)
+        steps = veneer_model(shape, precision, lengths, mode)
     else:
-        step, value = peft_step(shape, precision, lengths, name, mode)
+        steps = peft_model(shape, precision, name, mode)
+    torch.cuda.synchronize()
+    ready = time.time()
+    start = {"who": who, "load_s": round(ready - began, 1)}
+    if not case.endswith("by length"):
+        return start | measured(steps, lengths, count)
+    found = []
+    for length in lengths:
+        try:
+            found.append({"tokens": length} | measured(steps, [length], max(3, count // 2)))
+        except torch.OutOfMemoryError:
+            found.append({"tokens": length, "failed": "out of memory"})
+            break
+    return start | {"by_length": found}
+
+
+def measured(steps, lengths: list[int], count: int) -> dict:
+    """A first step, two more to warm up, and the median of some."""
     import torch
 
-    torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ready = time.time()
+    step, value = steps(lengths)
     loss = step()
     torch.cuda.synchronize()
-    first = time.time()
-    for _ in range(2):
-        step()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(steps):
-        start = time.time()
-        step()
-        torch.cuda.synchronize()
-        times.append(time.time() - start)
+    first, times = time.time(), []
+    with FileLock(LOCK):
+        for i in range(2 + count):
+            start = time.time()
+            step()
+            torch.cuda.synchronize()
+            times += [time.time() - start] * (i > 1)
     middle = statistics.median(times)
     return {
-        "who": who, "tokens_per_second": round(sum(lengths) / middle), "step_ms": round(1000 * middle, 1),
+        "tokens_per_second": round(sum(lengths) / middle), "step_ms": round(1000 * middle, 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "load_s": round(ready - began, 1),
-        "first_step_s": round(first - ready, 1), "loss": round(value(loss), 4),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "first_step_s": round(first - ready, 1),
+        "loss": round(value(loss), 4),
     }  # fmt: skip
 
 
@@ -252,16 +308,16 @@ def ceiling() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=CASES, help="measure this case (may be repeated)")
-    parser.add_argument("--who", action="append", help="measure these alone, e.g. veneer:keep")
+    parser.add_argument("--who", action="append", help="of each case these alone, e.g. veneer:keep")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--limit-seconds", type=float, default=1e9, help="start no further measurement after so long")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--at-once", type=int, default=1, help="processes that load and compile at once")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         case, who = options.worker
-        shape, precision, lengths, _ = CASES[case]
-        print("RESULT " + json.dumps(worker(shape, precision, lengths, who, options.steps)), flush=True)
+        print("RESULT " + json.dumps(worker(case, who, options.steps)), flush=True)
         return
     import torch
     import transformers
@@ -273,19 +329,23 @@ def main() -> None:
     print(json.dumps({k: v for k, v in record.items() if k != "cases"}), flush=True)
     began = time.time()
     torch.cuda.empty_cache()
-    for case in options.only or CASES:
-        rows = record["cases"][case] = []
-        for who in options.who or CASES[case][3]:
-            if time.time() - began > options.limit_seconds:
-                continue
-            command = [sys.executable, __file__, "--worker", case, who, "--steps", str(options.steps)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-            failed = {"who": who, "failed": (done.stderr or done.stdout).strip().splitlines()[-1:]}
-            rows.append(json.loads(line.removeprefix("RESULT ")) if line else failed)
-            print(f"{case:32s} {json.dumps(rows[-1])}", flush=True)
-            if options.out:
-                options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    def measure(case: str, who: str) -> None:
+        if time.time() - began > options.limit_seconds:
+            return
+        command = [sys.executable, __file__, "--worker", case, who, "--steps", str(options.steps)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+        failed = {"who": who, "failed": (done.stderr or done.stdout).strip().splitlines()[-1:]}
+        record["cases"].setdefault(case, []).append(json.loads(line.removeprefix("RESULT ")) if line else failed)
+        print(f"{case:32s} {json.dumps(record['cases'][case][-1])}  [{time.time() - began:.0f} s]", flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        asked = [(case, who) for case in options.only or CASES for who in CASES[case][3]]
+        asked = [(case, who) for case, who in asked if not options.who or who in options.who]
+        list(pool.map(lambda pair: measure(*pair), asked))
 
 
 if __name__ == "__main__":

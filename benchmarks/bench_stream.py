@@ -6,8 +6,9 @@
     python benchmarks/bench_stream.py --cpu-8b DIR --out FILE        `veneer train --stream disk` on an 8B shape in DIR
 
 Cases: a 8B bfloat16 against the resident run · b 8B NF4 against the resident run · c 70B NF4 against its own compute ·
-d Qwen3-30B-A3B · e 8B NF4, 1x2048, in 8 and 6 GB · f longest sequence of 8B QLoRA in 8/12/16/24 GB · p peers that offload
-to the host. Random weights of the real shapes (one block's, in every block, each in memory of its own), random tokens,
+d Qwen3-30B-A3B · x the same with adapted experts · e 8B NF4, 1x2048, in 8 and 6 GB · f longest sequence of 8B QLoRA in
+8/12/16/24 GB · p peers that offload to the host. Each runs in a process of its own, in the order given, and is independent
+of the others. Random weights of the real shapes (one block's, in every block, each in memory of its own), random tokens,
 rank 16 on all linears, learning rate 0 so that every run sees the same weights. A budget of n GB caps the allocator at
 n·10⁹ bytes. "no copies" is the same step with the blocks' copies left out: what computing alone takes.
 """
@@ -48,18 +49,20 @@ SHAPES = {
 }  # fmt: skip
 UNSLOTH = {8: 2972, 12: 21848, 16: 40724, 24: 78475}
 """Published longest context of 8B QLoRA by GB of GPU memory."""
-LENGTHS = {8: 20480, 12: 36864, 16: 53248, 24: 98304}
-"""Tried first; the second try is 1.25 times the published one."""
+LENGTHS = {8: (32768, 20480, 3716), 12: (57344, 40960, 27310), 16: (81920, 65536, 50905), 24: (122880, 98304)}
+"""Tried one after the other until one fits; the last is 1.25 times the published one or just above."""
 
 
 class Bench:
     """One model on the host, and what is measured with it."""
 
-    def __init__(self, shape: str, quant: str | None, smoke: bool) -> None:
+    def __init__(self, shape: str, quant: str | None, smoke: bool, **adapter) -> None:
         import torch
 
         self.torch, self.smoke = torch, smoke
-        self.device = torch.device("cpu" if smoke else "cuda")
+        torch._dynamo.config.recompile_limit = 64  # several settings are compiled in one process
+        self.adapter = {"rank": 16, "alpha": 32} | adapter
+        self.device = torch.device("cpu" if smoke else "cuda:0")
         self.dtype = torch.float32 if smoke else torch.bfloat16
         began = time.time()
         self.cap(None)
@@ -87,7 +90,7 @@ class Bench:
         import veneer
         from veneer.training.flat import FlatOptimizer
 
-        bank = veneer.attach(self.model, veneer.AdapterConfig(rank=16, alpha=32), seed=0)
+        bank = veneer.attach(self.model, veneer.AdapterConfig(**self.adapter), seed=0)
         self.base.settle()
         parameters = bank.parameters("default")
         self.torch.manual_seed(1)
@@ -99,7 +102,7 @@ class Bench:
 
     def to_device(self) -> None:
         """End streaming: every weight on the device."""
-        from veneer.base.stream import view_of
+        from veneer.base.held import view_of
 
         self.base.uninstall()
         self.model.get_input_embeddings().__dict__.pop("forward")
@@ -123,7 +126,8 @@ class Bench:
         total = self.torch.cuda.get_device_properties(0).total_memory
         self.torch.cuda.set_per_process_memory_fraction(1.0 if gigabytes is None else gigabytes * 1e9 / total)
 
-    def rows(self, rows_of, lengths: list[int]) -> list:
+    def rows(self, rows_of, lengths: list[int], most: int) -> list:
+        """Sequences of these lengths in rows of `most` tokens."""
         import numpy as np
 
         from veneer.data.example import TokenizedExample
@@ -133,25 +137,27 @@ class Bench:
             TokenizedExample(random.integers(5, self.model.config.vocab_size - 5, n).astype(np.int32), np.ones(n, bool))
             for n in lengths
         ]
-        return rows_of.pack(examples, max(lengths), False)
+        return rows_of.pack(examples, most, False)
 
     def run(
-        self, lengths: list[int], dial: str, *, budget: float | None, steps: int = 2, no_copies: bool = False,
-        compile: bool = True, warm: bool = True, compare: bool = False,
+        self, lengths: list[int], dial: str, *, budget: float | None, row: int = 0, steps: int = 2,
+        no_copies: bool = False, compile: bool = True, warm: bool = True, compare: bool = False,
     ) -> dict:  # fmt: skip
-        """Measure steps over these rows; streamed unless `to_device` was called."""
+        """Measure steps over these sequences, in rows of `row` tokens; streamed unless `to_device` was called."""
         from veneer.training.accelerate import Accelerated
         from veneer.training.forward import RowModel
         from veneer.training.streamed import StreamedRows
 
-        lengths = [max(8, n // 256) for n in lengths] if self.smoke else lengths
+        row = max(row, *lengths, 0)
+        if self.smoke:
+            lengths, row = [max(8, n // 256) for n in lengths], max(8, row // 256)
         options = {"modes": dial, "compile": compile and not self.smoke, "note": lambda text: print(text, flush=True)}
         self.cap(budget)
         if self.base is not None:
             rows_of = fast = StreamedRows(self.model, **options)
         else:
             rows_of, fast = RowModel(self.model), Accelerated(self.model, **options)
-        packed = self.rows(rows_of, lengths)
+        packed = self.rows(rows_of, lengths, row)
         supervised = sum(len(row.targets) for row in packed)
 
         def step():
@@ -160,9 +166,9 @@ class Bench:
                 losses = rows_of.backward(packed, supervised)
             else:
                 losses = []
-                for row in packed:
+                for one in packed:
                     fast.start(unchanged=bool(losses))
-                    with rows_of.row(row) as loss:
+                    with rows_of.row(one) as loss:
                         (loss / supervised).backward()
                     losses.append(loss.detach())
             self.gradient = [flat.grad.clone() for flat in self.optimizer.buffers] if self.keep_gradient else None
@@ -196,7 +202,8 @@ class Bench:
                 step()
         seconds = statistics.median(times) if times else first
         result = {
-            "lengths": f"{len(lengths)}x{lengths[0]}", "dial": dial, "budget_gb": budget, "no_copies": no_copies,
+            "lengths": f"{len(lengths)}x{lengths[0]}", "rows": len(packed), "dial": dial, "budget_gb": budget,
+            "no_copies": no_copies,
             "tokens_per_second": round(sum(lengths) / seconds, 1), "step_seconds": round(seconds, 3),
             "first_step_seconds": round(first, 2), "loss": round(loss, 5), **peak,
         }  # fmt: skip
@@ -229,7 +236,8 @@ def host_model(shape: dict, quant: str | None, device, dtype):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from veneer.base.stream import frozen_blocks, hold, leaves_of
+    from veneer.base.held import hold, leaves_of
+    from veneer.base.stream import frozen_blocks
     from veneer.base.stream_load import Files, fill_buffers, head_blocks, quantise_block
 
     values = dict(shape)
@@ -274,7 +282,7 @@ def copy_of(module, index: int):
     """A module of the same structure, without its frozen tensors' memory."""
     import torch
 
-    from veneer.base.stream import places
+    from veneer.base.held import places
 
     held = [(place, place.get()) for place in places(module)]
     for place, tensor in held:
@@ -292,7 +300,7 @@ def copy_of(module, index: int):
 
 def held_copy(block, module, twin, source, device):
     """A `Block` for `twin`, whose bytes are a copy of `source` in host memory of their own."""
-    from veneer.base.stream import Block, Leaf, host_buffer, places, view_of
+    from veneer.base.held import Block, Leaf, host_buffer, places, view_of
 
     new = {(id(a.owner), a.name): b for a, b in zip(places(module), places(twin), strict=True)}
     leaves = [Leaf([new[id(p.owner), p.name] for p in leaf.places], leaf.home, leaf.dtype) for leaf in block.leaves]
@@ -306,11 +314,13 @@ def held_copy(block, module, twin, source, device):
 
 
 class Record:
-    """Results, written as they come; a failing measurement is one of them."""
+    """Results, written as they come; a failing measurement is one of them. A process adds to what the file holds."""
 
     def __init__(self, out: Path | None, limit: float) -> None:
         self.out, self.began, self.limit = out, time.time(), limit
         self.values: dict = {"cases": {}}
+        if out and out.exists():
+            self.values = json.loads(out.read_text(encoding="utf-8"))
 
     def measure(self, case: str, name: str, function) -> dict | None:
         if time.time() - self.began > self.limit:
@@ -334,37 +344,46 @@ class Record:
             self.out.write_text(json.dumps(self.values, indent=1) + "\n", encoding="utf-8")
 
 
-def fresh(smoke: bool) -> None:
-    """Forget compiled code and the last model."""
-    import torch
+def fitting(record: Record, case: str, name: str, run, sizes: tuple[int, ...]) -> tuple[int, dict | None]:
+    """(row size, result) of the first of these row sizes that fits in memory; the others that were tried are results."""
+    for row in sizes:
+        found = record.measure(case, f"{name}, rows of {row}", lambda row=row: run(row))
+        if found:
+            return row, found
+    return sizes[-1], None
 
-    gc.collect()
-    torch._dynamo.reset()
-    if not smoke:
-        torch.cuda.empty_cache()
+
+def sequences(tokens: int, row: int) -> list[int]:
+    """Lengths of a step's sequences: 2048 tokens each, or a row's."""
+    return [min(row, 2048)] * (tokens // min(row, 2048))
 
 
-def bfloat16_8b(record: Record, smoke: bool) -> None:
-    bench = Bench("8B", None, smoke)
-    rows = [2048] * 16
-    note = bench.note()
-    streamed = record.measure(
-        "a", "streamed", lambda: note | bench.run(rows, "recompute-offload", budget=4, compare=True)
-    )
-    gradient, bench.gradient = (bench.gradient if streamed else None), None
-    record.measure(
-        "a", "streamed, no copies", lambda: bench.run(rows, "recompute-offload", budget=4, steps=1, no_copies=True)
-    )
-    record.measure("a", "streamed, half the rows", lambda: bench.run(rows[:8], "recompute-offload", budget=4, steps=1))
+def against_resident(
+    record: Record, case: str, bench: Bench, tokens: int, budget: float, sizes: tuple[int, ...]
+) -> None:
+    """Steps of `tokens` tokens, streamed within a budget, without copies, and with every weight on the device."""
+    note, dial = bench.note(), "recompute-offload"
+
+    def streamed(row: int, **more) -> dict:
+        return bench.run(sequences(tokens, row), dial, row=row, budget=budget, **more)
+
+    row, found = fitting(record, case, "streamed", lambda row: note | streamed(row, compare=True), sizes)
+    gradient, bench.gradient = (bench.gradient if found else None), None
+    if found:
+        record.measure(case, "streamed, no copies", lambda: streamed(row, steps=1, no_copies=True))
     bench.to_device()
     for dial in ("recompute", "selective"):
-        resident(record, "a", bench, rows, dial, streamed, gradient)
+        resident(record, case, bench, tokens, row, dial, found, gradient)
 
 
-def resident(record: Record, case: str, bench: Bench, rows: list[int], dial: str, streamed, gradient) -> None:
+def resident(record: Record, case: str, bench: Bench, tokens: int, row: int, dial: str, streamed, gradient) -> None:
     """The same step with every weight on the device, and how the streamed one compares."""
     compare = dial == "recompute" and bool(gradient)
-    found = record.measure(case, f"resident, {dial}", lambda: bench.run(rows, dial, budget=None, compare=compare))
+    found = record.measure(
+        case,
+        f"resident, {dial}",
+        lambda: bench.run(sequences(tokens, row), dial, row=row, budget=None, compare=compare),
+    )
     if found and streamed:
         found["streamed_share"] = round(streamed["tokens_per_second"] / found["tokens_per_second"], 3)
         if compare:
@@ -374,56 +393,51 @@ def resident(record: Record, case: str, bench: Bench, rows: list[int], dial: str
         print(json.dumps({key: found[key] for key in found if "streamed" in key or "gradient" in key}), flush=True)
 
 
-def nf4_8b(record: Record, smoke: bool, cases: set[str]) -> None:
+def bfloat16_8b(record: Record, smoke: bool) -> None:
+    against_resident(record, "a", Bench("8B", None, smoke), 32768, 4, (4096, 2048))
+
+
+def nf4_8b(record: Record, smoke: bool) -> None:
+    against_resident(record, "b", Bench("8B", "nf4", smoke), 16384, 2.5, (2048, 1024))
+
+
+def one_row_nf4(record: Record, smoke: bool) -> None:
+    """1x2048: streamed with as many blocks on the device as go, then all on the device."""
     bench = Bench("8B", "nf4", smoke)
-    rows, streamed, gradient = [1024] * 16, None, None
-    if "b" in cases:
-        note = bench.note()
-        streamed = record.measure(
-            "b", "streamed", lambda: note | bench.run(rows, "recompute-offload", budget=2.5, compare=True)
-        )
-        gradient, bench.gradient = (bench.gradient if streamed else None), None
-        record.measure(
-            "b",
-            "streamed, no copies",
-            lambda: bench.run(rows, "recompute-offload", budget=2.5, steps=1, no_copies=True),
-        )
-    if "f" in cases:
-        for budget, length in LENGTHS.items():
-            for tried in (length, -(-UNSLOTH[budget] * 5 // 4)):
-                found = record.measure(
-                    "f", f"{budget} GB, {tried} tokens",
-                    lambda n=tried, b=budget: {"unsloth_published": UNSLOTH[b], "share": round(n / UNSLOTH[b], 2)}
-                    | bench.run([n], "recompute-offload", budget=b, warm=False),
-                )  # fmt: skip
-                if found:
-                    break
-    if "e" in cases:
 
-        def all_blocks() -> dict:
-            bench.stream(resident=len(bench.blocks))
-            return bench.run([2048], "recompute", budget=6, steps=4)
+    def all_blocks() -> dict:
+        bench.stream(resident=len(bench.blocks))
+        return bench.run([2048], "recompute", budget=6, steps=4)
 
-        record.measure("e", "6 GB, head on the host", all_blocks)
-    if not {"b", "e"} & cases:
-        return
+    record.measure("e", "6 GB, head on the host", all_blocks)
     bench.to_device()
-    if "e" in cases:
-        for dial in ("recompute", "selective"):
-            record.measure("e", f"8 GB, {dial}", lambda dial=dial: bench.run([2048], dial, budget=8, steps=4))
-        record.measure("e", "6 GB, recompute", lambda: bench.run([2048], "recompute", budget=6, steps=4))
-    for dial in ("recompute", "selective") if "b" in cases else ():
-        resident(record, "b", bench, rows, dial, streamed, gradient)
+    for budget, dial in ((8, "recompute"), (8, "selective"), (6, "recompute")):
+        record.measure("e", f"{budget} GB, {dial}", lambda d=dial, b=budget: bench.run([2048], d, budget=b, steps=4))
+
+
+def longest_nf4(record: Record, smoke: bool) -> None:
+    bench = Bench("8B", "nf4", smoke)
+    for budget, lengths in LENGTHS.items():
+        for length in lengths:
+            found = record.measure(
+                "f", f"{budget} GB, {length} tokens",
+                lambda n=length, b=budget: {"unsloth_published": UNSLOTH[b], "share": round(n / UNSLOTH[b], 2)}
+                | bench.run([n], "recompute-offload", budget=b, warm=False),
+            )  # fmt: skip
+            if found:
+                break
 
 
 def nf4_70b(record: Record, smoke: bool) -> None:
-    bench, rows = Bench("70B", "nf4", smoke), [2048] * 4
+    bench = Bench("70B", "nf4", smoke)
     note = bench.note()
-    bound = record.measure(
-        "c", "no copies", lambda: bench.run(rows, "recompute-offload", budget=8, steps=1, no_copies=True)
-    )
-    found = record.measure("c", "streamed", lambda: note | bench.run(rows, "recompute-offload", budget=8, steps=1))
-    if found and bound:
+
+    def run(row: int, **more) -> dict:
+        return bench.run(sequences(8192, row), "recompute-offload", row=row, budget=8, steps=1, **more)
+
+    row, found = fitting(record, "c", "streamed", lambda row: note | run(row), (2048, 1024))
+    bound = record.measure("c", "no copies", lambda: run(row, no_copies=True)) if found else None
+    if bound:
         found["share_of_compute_bound"] = round(found["tokens_per_second"] / bound["tokens_per_second"], 3)
         record.write()
         print(json.dumps(found), flush=True)
@@ -431,9 +445,23 @@ def nf4_70b(record: Record, smoke: bool) -> None:
 
 def moe_30b(record: Record, smoke: bool) -> None:
     bench = Bench("30B-A3B", None, smoke)
-    note = bench.note()
+    rows = [2048] * 8
     record.measure(
-        "d", "streamed", lambda: note | bench.run([2048] * 8, "recompute-offload", budget=8, steps=1, compile=False)
+        "d",
+        "streamed",
+        lambda: bench.note() | bench.run(rows, "recompute-offload", budget=8, steps=1, compile=False),
+    )
+
+
+def experts_30b(record: Record, smoke: bool) -> None:
+    """Adapters on the experts too, of a rank that leaves room: 16 would be 10 GB of adapter and optimiser."""
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    bench = Bench("30B-A3B", None, smoke, rank=1, alpha=2, target_parameters=names)
+    rows = [2048] * 4
+    record.measure(
+        "x",
+        "streamed, experts adapted",
+        lambda: bench.note() | bench.run(rows, "recompute-offload", budget=8, steps=1, compile=False),
     )
 
 
@@ -586,46 +614,60 @@ def cpu_8b(record: Record, folder: Path) -> None:
     record.measure("cpu", "8B bfloat16 from disk", result)
 
 
+CASES = {
+    "a": bfloat16_8b, "b": nf4_8b, "e": one_row_nf4, "f": longest_nf4, "c": nf4_70b, "d": moe_30b, "x": experts_30b,
+    "p": peers,
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="a,b,e,f,c,d", help="letters with commas, in any order")
+    parser.add_argument("--cases", default="a,b,e,f,c,d,x", help="letters with commas, in any order")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--limit-seconds", type=float, default=600, help="start no measurement after so long")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--cpu-8b", type=Path, metavar="DIR", help="the CPU case alone; 16 GB are written to DIR")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # the one case, in this process
     options = parser.parse_args()
+    cases = options.cases.split(",")
+    if unknown := set(cases) - set(CASES):
+        parser.error(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
+    if not options.alone and options.out:
+        options.out.unlink(missing_ok=True)
+    if not options.alone and not options.cpu_8b:
+        sys.exit(in_processes(options, cases))
     import torch
     import transformers
 
     if options.smoke:
         torch.set_num_threads(1)
-    record, cases = Record(options.out, options.limit_seconds), set(options.cases.split(","))
+    record = Record(options.out, options.limit_seconds)
     device = "cpu" if options.smoke or options.cpu_8b else torch.cuda.get_device_name(0)
-    record.values = {
-        "device": device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    } | record.values
+    record.values |= {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
     if options.cpu_8b:
         record.limit = float("inf")
         cpu_8b(record, options.cpu_8b)
         return
-    groups = [
-        (cases & {"a"}, lambda: bfloat16_8b(record, options.smoke)),
-        (cases & {"b", "e", "f"}, lambda: nf4_8b(record, options.smoke, cases)),
-        (cases & {"c"}, lambda: nf4_70b(record, options.smoke)),
-        (cases & {"d"}, lambda: moe_30b(record, options.smoke)),
-        (cases & {"p"}, lambda: peers(record, options.smoke)),
-    ]
-    for wanted, group in groups:
-        if wanted:
-            try:
-                group()
-            except Exception as error:  # noqa: BLE001 - the next group is independent of this one
-                record.values["cases"].setdefault("".join(sorted(wanted)), {})["failed"] = repr(error)[:500]
-                traceback.print_exc()
-                record.write()
-            fresh(options.smoke)
+    for case in cases:
+        try:
+            CASES[case](record, options.smoke)
+        except Exception as error:  # noqa: BLE001 - a result like any other
+            record.values["cases"].setdefault(case, {})["failed"] = repr(error)[:500]
+            traceback.print_exc()
+            record.write()
+
+
+def in_processes(options: argparse.Namespace, cases: list[str]) -> int:
+    """Each case in a process of its own, one after the other, so that no memory of one is another's; 1 if one died."""
+    end, died = time.time() + options.limit_seconds, 0
+    for case in cases:
+        if time.time() > end:
+            print(f"{case} left out: --limit-seconds", flush=True)
+            continue
+        command = [sys.executable, __file__, "--alone", "--cases", case, "--limit-seconds", str(end - time.time())]
+        command += ["--smoke"] * options.smoke + (["--out", str(options.out)] if options.out else [])
+        died |= bool(subprocess.run(command).returncode)
+    return died
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ def load(file: Path, again: bool) -> dict | None:
     record = json.loads(file.read_text(encoding="utf-8"))
     record["results"] = [r for r in record["results"] if "skipped" not in r]
     if again:
-        from bench_plan import Case, predicted
+        from plan_cases import Case
+        from plan_measure import predicted
 
         from veneer.plan.roofline import Rates
 

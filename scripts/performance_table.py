@@ -27,6 +27,7 @@ MACHINE = """## {device}{more}
 
 torch {torch}, transformers {transformers}; large products at {rates} TFLOP/s.
 """
+LENGTHS = "tokens/s at peak GiB, steps of one sequence in one process; –: not reached, or out of memory."
 FLOPS = {"8B": 4 * 7_504_658_432, "1B": 4 * 1_235_746_816}
 """Per token: 4·P with P the weights of all linears, the output head among them."""
 
@@ -34,22 +35,72 @@ FLOPS = {"8B": 4 * 7_504_658_432, "1B": 4 * 1_235_746_816}
 def name_of(who: str) -> str:
     side, mode, again = (*who.split(":"), "", "")[:3]
     if side == "veneer":
-        return f"**Veneer**, `checkpointing: {mode}`" + (", again" if again else "")
+        given = mode.split("/")
+        dial, row, keep, embedding = given + ["", "0", "0", "device"][len(given) :]
+        said = [f"`checkpointing: {dial}`"]
+        said += [f"rows of {int(row):,}"] * (row != "0") + [f"`keep_blocks: {keep}`"] * (keep != "0")
+        said += ["`embedding: host`"] * (embedding == "host") + ["again"] * bool(again)
+        return "**Veneer**, " + ", ".join(said)
     extra = MODES.get(mode)
     return NAMES.get(side, side.capitalize()) + (f", {extra}" if extra else "")
+
+
+def failure(row: dict) -> str:
+    return f"did not run: {(row['failed'] or ['?'])[0][:80]}"
 
 
 def table(case: str, rows: list[dict], tflops: float) -> str:
     lines = ["| | tokens/s | share | peak GiB | start |", "|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda r: -r.get("tokens_per_second", 0)):
         if "failed" in row:
-            lines.append(f"| {name_of(row['who'])} | did not run: {(row['failed'] or ['?'])[0][:80]} | | | |")
+            lines.append(f"| {name_of(row['who'])} | {failure(row)} | | | |")
             continue
         share = FLOPS[case.split()[0]] * row["tokens_per_second"] / (tflops * 1e12)
         start = row["load_s"] + row["first_step_s"]
         values = f"{row['tokens_per_second']:,} | {share:.0%} | {row['peak_gib']:.1f} | {start:.0f} s"
         lines.append(f"| {name_of(row['who'])} | {values} |")
     return "\n".join(lines)
+
+
+def by_length(rows: list[dict]) -> str:
+    """tokens/s at peak GiB for each length."""
+    ran = [row for row in rows if "by_length" in row]
+    lengths = sorted({part["tokens"] for row in ran for part in row["by_length"]})
+    head = [f"{n:,} tokens" for n in lengths]
+    lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for row in rows:
+        parts = {part["tokens"]: part for part in row.get("by_length", [])}
+        said = [
+            f"{parts[n]['tokens_per_second']:,} at {parts[n]['peak_gib']:.1f}"
+            if "peak_gib" in parts.get(n, {})
+            else "–"
+            for n in lengths
+        ]
+        lines.append(f"| {name_of(row['who'])} | " + " | ".join(said) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """tokens/s and peak memory against the length of a sequence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for row in rows:
+        parts = [part for part in row.get("by_length", []) if "peak_gib" in part]
+        label = name_of(row["who"]).replace("*", "").replace("`", "")
+        for axis, key in zip(axes, ("tokens_per_second", "peak_gib")):
+            width = 2.2 if label.startswith("Veneer") else 1.2
+            axis.plot([p["tokens"] for p in parts], [p[key] for p in parts], marker="o", linewidth=width, label=label)
+    for axis, title in zip(axes, ("tokens/s", "peak GiB")):
+        axis.set(xscale="log", xlabel="tokens of the sequence", title=title, ylim=(0, None))
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
 
 
 def main() -> None:
@@ -64,7 +115,12 @@ def main() -> None:
             MACHINE.format(more=more, rates=said, **{k: record[k] for k in ("device", "torch", "transformers")})
         )
         for case, rows in record["cases"].items():
-            parts.append(f"### {case}\n\n{table(case, rows, rates[case])}\n")
+            if case.endswith("by length"):
+                plot(rows, ROOT / "docs/performance_length.png")
+                parts.append(f"### {case}\n\n{LENGTHS}\n\n{by_length(rows)}\n")
+                parts.append("![tokens/s and memory against sequence length](performance_length.png)\n")
+            else:
+                parts.append(f"### {case}\n\n{table(case, rows, rates[case])}\n")
     notes = ROOT / "scripts/performance_notes.md"
     parts.append(notes.read_text(encoding="utf-8") if notes.exists() else "")
     OUT.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")

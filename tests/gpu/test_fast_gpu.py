@@ -6,7 +6,7 @@ import torch
 import veneer
 from conftest import GPU_SIZES, tiny_llama
 from veneer.config import OptimConfig
-from veneer.kernels import attention, dispatch
+from veneer.kernels import attention, dispatch, gated
 from veneer.training.accelerate import Accelerated
 from veneer.training.flat import FlatOptimizer
 
@@ -69,13 +69,31 @@ def test_the_heads_loss_in_compiled_chunks(softcap, scale, monkeypatch):
         assert (f - t).abs().max() / size <= (n - t).abs().max() / size + 4 * torch.finfo(torch.bfloat16).eps
 
 
-def gradients(dtype, **options):
-    model = tiny_llama(num_hidden_layers=4, **GPU_SIZES).to("cuda", dtype).train()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", gated.ACTIVATIONS)
+@pytest.mark.parametrize("width", [1024, 1531])
+def test_the_gated_activations_kernel(kind, dtype, width):
+    """Against the twin in float64, with inputs that are columns of wider buffers and h written over ∂L/∂h."""
+    torch.manual_seed(0)
+    big = (3 * torch.randn(77, 3 * width + 7, device="cuda")).to(dtype)
+    gate, up, grad = big[:, 1 : 1 + width], big[:, 3 + width : 3 + 2 * width], big[:, 5 + 2 * width : 5 + 3 * width]
+    rest = big[:, : 5 + 2 * width].clone()
+    h = grad.double()
+    wanted = gated.gated_backward_plain(gate.double(), up.double(), h, 16, kind)
+    wide = torch.ops.veneer.gated_backward(gate, up, grad, 16, kind)
+    assert wide.shape == (77, 2 * width + 16) and torch.equal(big[:, : 5 + 2 * width], rest)
+    bound = 1e-5 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+    for found, exact in ((wide[:, : 2 * width], wanted[:, : 2 * width]), (grad, h)):
+        assert ((found.double() - exact).abs() <= bound * exact.abs() + 2e-6).all()
+
+
+def gradients(dtype, length=96, hidden_act="silu", **options):
+    model = tiny_llama(num_hidden_layers=4, hidden_act=hidden_act, **GPU_SIZES).to("cuda", dtype).train()
     bank = veneer.attach(model, veneer.AdapterConfig(rank=8), seed=0)
     torch.manual_seed(1)
     for p in bank.parameters("default").values():
         p.data.copy_(0.1 * torch.randn(p.shape))
-    ids = torch.randint(0, 400, (2, 96), generator=torch.Generator().manual_seed(2)).cuda()
+    ids = torch.randint(0, 400, (2, length), generator=torch.Generator().manual_seed(2)).cuda()
     with Accelerated(model, note=pytest.fail, **options) as fast:
         for _ in range(2):
             model.zero_grad()
@@ -96,6 +114,21 @@ def test_compiled_blocks_on_every_setting_of_the_dial(modes, monkeypatch):
         scale = wanted.abs().max().clamp_min(1e-12)
         error, allowed = ((g[1][key] - wanted).abs().max() / scale for g in (fast, naive))
         assert error <= 2 * allowed + 16 * torch.finfo(torch.bfloat16).eps, (key, float(error), float(allowed))
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("modes", ["keep", "selective", "recompute"])
+def test_compiled_blocks_with_a_gated_mlp_of_odd_lengths(modes, hidden_act):
+    shape = {"length": 61, "hidden_act": hidden_act}
+    truth = gradients(torch.float32, compile=False, **shape)
+    naive = gradients(torch.bfloat16, compile=False, **shape)
+    for dtype in (torch.bfloat16, torch.float32):
+        fast = gradients(dtype, modes=modes, **shape)
+        for key, wanted in truth[1].items():
+            scale = wanted.abs().max().clamp_min(1e-12)
+            error, allowed = ((g[1][key] - wanted).abs().max() / scale for g in (fast, naive))
+            limit = 2 * allowed + 16 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 2e-3
+            assert error <= limit, (key, dtype, float(error), float(allowed))
 
 
 @pytest.mark.parametrize("modes", ["recompute", "recompute-offload", "offload"])

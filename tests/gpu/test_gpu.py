@@ -93,3 +93,17 @@ def test_train_and_resume_on_the_gpu(model_dir, chat_file, tmp_path):
     assert all(t.isfinite().all() for t in adapter_tensors(bank, "default").values())
     answer = veneer.generate(model, _, [[{"role": "user", "content": "hello"}]], max_new_tokens=4)
     assert answer[0].tokens <= 4
+
+
+def test_rows_of_a_table_in_pinned_host_memory_inside_a_graph():
+    from veneer.kernels.host_rows import host_rows
+
+    table = torch.randn(1000, 77).bfloat16().pin_memory()
+    ids = torch.tensor([3, 999, 0, 3], device="cuda")
+    host_rows(table, ids, torch.float32)  # compiles the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows = host_rows(table, ids, torch.float32)
+    ids.copy_(torch.tensor([5, 6, 7, 8]))
+    graph.replay()
+    assert torch.equal(rows.cpu(), table[5:9].float())

@@ -24,7 +24,7 @@ def test_the_allocator_is_held_to_the_budget_and_let_go():
 
 def test_a_run_within_a_budget(model_dir, chat_file, tmp_path):
     config = TrainConfig(
-        model=str(model_dir), data=str(chat_file), out=str(tmp_path / "run"), device="cuda",
+        model=str(model_dir), data=str(chat_file), out=str(tmp_path / "run"), device="cuda", adapter={"rank": 4},
         train={"vram": "3GB", "max_steps": 2, "batch_size": 4, "compile": "off"},
     )  # fmt: skip
     trainer = Trainer(config)

@@ -38,8 +38,7 @@ def step(model, dial, compile):
     model.train()
     optimizer = FlatOptimizer(parameters, veneer.OptimConfig())
     rows = StreamedRows(model, modes=dial, compile=compile) if streamed else RowModel(model)
-    packs = any(hasattr(part, "quant_state") for part in model.modules())  # as streaming packs: 4-bit linears alone
-    fast = rows if streamed else Accelerated(model, modes=dial, compile=compile, packs=packs)
+    fast = rows if streamed else Accelerated(model, modes=dial, compile=compile)
     random = np.random.default_rng(0)
     data = [TokenizedExample(random.integers(1, 400, n).astype(np.int32), np.ones(n, bool)) for n in (90, 33, 70, 128)]
     packed = rows.pack(data, 128, True)
@@ -57,7 +56,26 @@ def step(model, dial, compile):
                         (loss / 300).backward()
                     losses.append(loss.detach())
             found.append((torch.stack(losses), [b.grad.clone() for b in optimizer.buffers]))
+        if streamed:
+            assert bool(rows.fast.store.host.free) == (dial != "recompute")  # "cuda" names the tensors' own device
+            if compile:
+                assert all(part.packed for block in rows.blocks for part in block.modules() if hasattr(part, "packed"))
     return found
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_long_rows_in_chunks_have_the_gradients_of_compiled_blocks(folder, quant, monkeypatch):
+    if quant == "nf4":
+        pytest.importorskip("bitsandbytes")
+    options = {"device": "cuda", "dtype": "bfloat16", "quant": quant}
+    wanted = step(load_streamed(folder, **options)[0], "recompute", True)
+    monkeypatch.setattr("veneer.training.streamed.LONG", 100)
+    monkeypatch.setattr("veneer.training.chunks.CHUNK", 48)
+    found = step(load_streamed(folder, **options)[0], "recompute", True)
+    for (loss, grads), (true_loss, true_grads) in zip(found, wanted, strict=True):
+        torch.testing.assert_close(loss, true_loss, rtol=2e-3, atol=0)
+        for grad, true in zip(grads, true_grads, strict=True):
+            assert (grad - true).norm() <= 2e-2 * true.norm()
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import veneer
 from veneer.config import TrainConfig
 from veneer.errors import PlanError, RunError
-from veneer.training import budget
+from veneer.training import budget, store
 from veneer.training.forward import RowModel
 from veneer.training.gradients import Gradients
 from veneer.training.loop import Trainer
@@ -138,3 +142,47 @@ def test_ways_down_without_a_plan(model_dir, chat_file, tmp_path):
     ]  # fmt: skip
     assert budget.ways_down(run, None, False, 1024) == [("recompute", 1024)]
     assert veneer.errors.PlanError is PlanError
+
+
+class FailsAt(TorchDispatchMode):
+    """Runs out of memory in its operation number `at`; keeps weak references to all that was made before."""
+
+    def __init__(self, at, known):
+        super().__init__()
+        self.at, self.known, self.count, self.made = at, known, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        out = func(*args, **(kwargs or {}))
+        if self.count < self.at:
+            storages = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.made += [weakref.ref(s) for s in storages if s._cdata not in self.known and s.nbytes() > 256]
+        return out
+
+    def alive(self):
+        return sum(ref() is not None for ref in self.made)
+
+
+@pytest.mark.parametrize("dial", ["keep", "recompute", "recompute-offload", "offload", "mixed"])
+def test_what_a_failed_step_made_is_freed_before_the_next(dial, model_dir, chat_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SMALL", 1)
+    trainer = Trainer(config(model_dir, chat_file, tmp_path / "run", checkpointing=dial))
+    setup, _ = trainer._open(False)
+    gradients, examples, seen = trainer.gradients, [setup.train[i] for i in range(4)], []
+    step_down = Gradients.step_down
+    monkeypatch.setattr(Gradients, "step_down", lambda self, error: (step_down(self, error), seen.append(mode.alive())))
+    with gradients.running():
+        gradients.of(examples, 0)
+        parts = [*trainer.parameters.values(), *trainer.optimizer.buffers]
+        own = [*setup.model.parameters(), *setup.model.buffers(), *parts, *[p.grad for p in parts]]
+        known = {t.untyped_storage()._cdata for t in own}
+        with FailsAt(10**9, known) as mode:
+            gradients.of(examples, 0)
+        whole = mode.count
+        for tenth in range(1, 10):
+            gradients.ways_down = [(dial, gradients.row_tokens)]
+            with FailsAt(whole * tenth // 10, known) as mode:
+                gradients.of(examples, 0)
+    assert seen == [0] * 9

@@ -7,6 +7,7 @@ import torch
 
 import veneer
 from conftest import tiny_llama
+from veneer.kernels.gated_mlp import gated_mlp, graph_gated_mlps
 from veneer.training.accelerate import Accelerated
 from veneer.training.graphs import padded, rounded
 from veneer.training.packing import Packing, watch
@@ -14,8 +15,8 @@ from veneer.training.packing import Packing, watch
 IDS = torch.arange(1, 40)[None]
 
 
-def adapted(seed=1, **config):
-    model = tiny_llama(num_hidden_layers=3).train()
+def adapted(seed=1, hidden_act="silu", **config):
+    model = tiny_llama(num_hidden_layers=3, hidden_act=hidden_act).train()
     bank = veneer.attach(model, veneer.AdapterConfig(rank=4, **config), seed=0)
     torch.manual_seed(seed)
     for p in bank.parameters("default").values():
@@ -75,8 +76,8 @@ def test_a_trained_or_shared_weight_is_not_packed():
     assert len(packing.groups) == 11
 
 
-def gradients(mode, compile, nf4=False):
-    model, bank = adapted()
+def gradients(mode, compile, hidden_act="silu"):
+    model, bank = adapted(hidden_act=hidden_act)
     parameters = bank.parameters("default")
     notes = []
     with Accelerated(model, modes=mode, compile=compile, note=notes.append) as fast:
@@ -97,11 +98,19 @@ def gradients(mode, compile, nf4=False):
     return (loss.detach(), after), {name: p.grad for name, p in parameters.items()}, packed
 
 
-@pytest.mark.parametrize("mode", ["selective", "recompute"])
-def test_compiled_blocks_give_the_plain_gradients(mode):
-    loss, wanted, none = gradients("keep", False)
-    again, found, packed = gradients(mode, True)
+@pytest.mark.parametrize(("mode", "act"), [("selective", "silu"), ("recompute", "gelu_pytorch_tanh")])
+def test_compiled_blocks_give_the_plain_gradients(mode, act, monkeypatch):
+    graphs = []
+
+    def noted(graph, **options):
+        graph_gated_mlps(graph, **options)
+        graphs.append(any(node.target is gated_mlp for node in graph.graph.nodes))
+
+    monkeypatch.setattr("veneer.kernels.gated_mlp.graph_gated_mlps", noted)
+    loss, wanted, none = gradients("keep", False, act)
+    again, found, packed = gradients(mode, True, act)
     assert (none, packed) == (0, 12)
+    assert graphs and all(graphs)
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
     assert abs(loss[1] - loss[0]) > 1e-5 * loss[0]  # or stale factors would not show
     for name, grad in wanted.items():

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.checkpoint import checkpoint
 
 import veneer
 from conftest import tiny_llama
@@ -31,8 +33,8 @@ def examples(lengths, vocabulary=400):
 EXAMPLES = examples((20, 33, 7, 40))
 
 
-def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True):
-    """(losses by row, gradients by parameter) of one step; streamed if the model is."""
+def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True, compile=False, steps=1):
+    """(losses by row, gradients by parameter) of one step, the last of several; streamed if the model is."""
     bank = veneer.attach(model, adapter, seed=0)
     streamed = hasattr(model, "veneer_stream")
     if streamed:
@@ -43,22 +45,30 @@ def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.train()
     optimizer = FlatOptimizer(parameters, veneer.OptimConfig())
-    optimizer.zero_grad()
-    rows = StreamedRows(model, packing=packing, modes=modes) if streamed else RowModel(model, packing=packing)
-    fast = rows if streamed else Accelerated(model, modes=modes, compile=False)
+    options = {"modes": modes, "compile": compile}
+    rows = StreamedRows(model, packing=packing, **options) if streamed else RowModel(model, packing=packing)
+    fast = rows if streamed else Accelerated(model, **options)
     packed = rows.pack(data, tokens, True)
     supervised = sum(len(row.targets) for row in packed)
     torch.manual_seed(2)
     with rows.attention(), fast:
-        if streamed:
-            losses = rows.backward(packed, supervised)
-        else:
+        for n in range(steps):
+            if n:
+                optimizer.step()
+            optimizer.zero_grad()
+            if streamed:
+                losses = rows.backward(packed, supervised)
+                continue
             losses = []
             for row in packed:
                 fast.start()
                 with rows.row(row) as loss:
                     (loss / supervised).backward()
                 losses.append(loss.detach())
+        if streamed and compile:
+            assert all(part.packed for block in rows.blocks for part in block.modules() if hasattr(part, "packed"))
+            for kept, loss in zip(losses, rows.losses(packed), strict=True):  # an evaluation has the step's factors
+                torch.testing.assert_close(loss, kept)
     return losses, {name: p.grad.clone() for name, p in parameters.items() if p.requires_grad}
 
 
@@ -107,6 +117,55 @@ def test_every_setting_of_the_dial(llama_dir, modes, monkeypatch):
     config = veneer.AdapterConfig(rank=4)
     wanted = step(load_base(llama_dir, device="cpu")[0], config)
     same(step(load_streamed(llama_dir, device="cpu")[0], config, modes=modes), wanted)
+
+
+def test_compiled_blocks_are_packed_as_they_arrive(tmp_path, tokenizer, monkeypatch):
+    """From a bfloat16 file, cast on the way; the factors change from step to step. Traced, without the C++ compiler."""
+    traced = []
+
+    def compile_fx(graph, inputs):
+        traced.append([getattr(node.target, "__name__", "") for node in graph.graph.nodes])
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    torch._dynamo.reset()
+    folder, config = save(tiny_llama(num_hidden_layers=3).bfloat16(), tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
+    options = {"device": "cpu", "dtype": "float32"}
+    more = {"steps": 2, "data": EXAMPLES[3:]}  # one row: on a CPU each row's segments are compiled anew
+    wanted = step(load_base(folder, **options)[0], config, **more)
+    streamed = load_streamed(folder, where="disk", **options)[0]
+    before = streamed.veneer_stream.conveyor.nbytes
+    found = step(streamed, config, compile=True, modes="recompute-offload", **more)
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-5, atol=0)
+    for name, grad in wanted[1].items():
+        torch.testing.assert_close(
+            found[1][name], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 1e-9, msg=name
+        )
+    assert {(names.count("lora_group"), names.count("gated_mlp")) for names in traced} == {
+        (2, 1)
+    }  # q, k, v; o; the rest
+    assert streamed.veneer_stream.conveyor.nbytes == before  # as it was
+    assert not any(getattr(part, "packed", None) for part in streamed.modules())
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_long_rows_go_through_mlps_in_chunks(tmp_path, tokenizer, quant, monkeypatch):
+    monkeypatch.setattr("veneer.training.store.SMALL", 1)
+    monkeypatch.setattr("veneer.training.streamed.LONG", 35)  # of the rows of 27, 33 and 40 tokens the last
+    monkeypatch.setattr("veneer.training.chunks.CHUNK", 16)
+    sizes = []
+    monkeypatch.setattr(
+        "veneer.training.chunks.checkpoint",
+        lambda f, x, **more: (sizes.append(x.shape[1]), checkpoint(f, x, **more))[1],
+    )
+    model = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    folder, config = save(model, tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
+    wanted = step(load_base(folder, device="cpu", quant=quant)[0], config)
+    found = step(load_streamed(folder, device="cpu", quant=quant)[0], config, modes="recompute-offload")
+    assert set(sizes) == {16, 8}
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-6, atol=0)
+    for name, grad in wanted[1].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max()) + 1e-12)
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
@@ -207,14 +266,18 @@ def test_a_bfloat16_file_is_computed_with_in_float32(tmp_path, tokenizer):
 def test_the_vocabulary_in_pieces(tmp_path, tokenizer, monkeypatch):
     """The head never stands on the device as a whole; same gradients but for the order of sums."""
     monkeypatch.setattr("veneer.base.stream_load.CHUNK_BYTES", 36 * 4 * 97)
-    monkeypatch.setattr("veneer.kernels.streamed_head.ROWS", 13)
     model = tiny_llama(num_hidden_layers=3)
     folder, config = save(model, tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
     wanted = step(load_base(folder, device="cpu")[0], config)
-    for where in ("host", "disk"):
+    for where, together in (("host", 8192), ("disk", 50)):
+        monkeypatch.setattr("veneer.training.streamed.HEAD_ROWS", together)
+        monkeypatch.setattr("veneer.kernels.streamed_head.ROWS", 13 if where == "disk" else 8192)
         streamed = load_streamed(folder, where=where, device="cpu")[0]
-        assert len(streamed.veneer_stream.head.blocks) == 5
+        head = streamed.veneer_stream.head
+        assert len(head.blocks) == 5
         found = step(streamed, config)
+        if where == "host":  # all rows' positions at once: every piece came once, and the first again for the next step
+            assert head.copied <= 2 * sum(b.nbytes for b in head.blocks) + head.blocks[0].nbytes
         torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-6, atol=0)
         for name, grad in wanted[1].items():
             torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-6 * float(grad.abs().max()) + 1e-12)
@@ -349,6 +412,9 @@ def test_the_streamed_heads_loss_is_the_plain_one(softcap, scale, bias, monkeypa
         return loss.detach(), h.grad
 
     loss, grad = run(streamed_head.streamed_cross_entropy, hidden, pieces, b)
+    each = streamed_head.streamed_cross_entropy(hidden, pieces, b, targets, reduction="none", **options)
+    true_each = reference.linear_cross_entropy(hidden, weight, b, targets, reduction="none", **options)
+    torch.testing.assert_close(each, true_each, rtol=1e-4, atol=1e-4)
     wide = [hidden.double(), weight.double(), None if b is None else b.double()]
     truth, true_grad = run(reference.linear_cross_entropy, *wide)
     torch.testing.assert_close(loss.double(), truth.double(), rtol=1e-5, atol=0)
@@ -357,6 +423,13 @@ def test_the_streamed_heads_loss_is_the_plain_one(softcap, scale, bias, monkeypa
     assert error <= 2 * allowed + 1e-6 * float(true_grad.abs().max())
     with torch.no_grad():
         assert streamed_head.streamed_cross_entropy(hidden, pieces, b, targets, **options) == loss
+    share = torch.rand(252)  # each position's loss has a gradient of its own
+    gradients = []
+    for function, source in ((streamed_head.streamed_cross_entropy, pieces), (reference.linear_cross_entropy, weight)):
+        h = hidden.clone().requires_grad_()
+        (function(h, source, b, targets, reduction="none", **options) * share).sum().backward()
+        gradients.append(h.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_models_that_do_not_stream(tmp_path, tokenizer):

@@ -140,6 +140,8 @@ def pick_device(device: str) -> str:
     """Resolve "auto"; `ConfigError` for a device that is not there."""
     import torch
 
+    if torch.cuda.is_available():
+        growing_segments()
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -155,6 +157,14 @@ def pick_device(device: str) -> str:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"device {device!r}: this machine or this build of torch has no MPS; use device: cpu")
     return device
+
+
+def growing_segments() -> None:
+    """Let the GPU allocator's segments grow, unless the user has set it up: tensors that come and go in many sizes
+    (offloading, rows of all lengths) would else leave gaps of half as much again. Heeded until the first allocation."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def pick_dtype(dtype: Any, device: str) -> Any:

@@ -6,188 +6,26 @@ The next block is copied while this one computes, so device memory does not grow
 
 from __future__ import annotations
 
-import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from veneer.adapter.layers import AdaptedModule
 from veneer.adapter.targets import input_embedding, output_head
+from veneer.base.held import Block, Spot, host_buffer, view_of
 from veneer.errors import AdapterStateError, BaseModelError
+from veneer.kernels.devices import indexed, sent
 
-ALIGN = 256
-"""Bytes that the start of each tensor in a buffer is a multiple of, as the allocator's own are."""
 CHUNK_BYTES = 64 << 20
 """Bytes of the head's weight that are on the device at once, in each of two buffers."""
 SLOTS = 2
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module keeps a frozen tensor: a parameter's `data`, a buffer, or a part of a quantisation state."""
-
-    owner: Any
-    name: str
-
-    def get(self) -> Tensor:
-        """The tensor that is there now."""
-        return getattr(self.owner, self.name)
-
-    def put(self, tensor: Tensor) -> None:
-        """Let the module see another tensor."""
-        setattr(self.owner, self.name, tensor)
-
-
-def places(module: nn.Module) -> list[Place]:
-    """All places of a module's frozen tensors, in a fixed order; bitsandbytes' states included."""
-    found = []
-    for part in module.modules():
-        for parameter in part._parameters.values():
-            if parameter is not None:
-                found.append(Place(parameter, "data"))
-                found += _of_state(getattr(parameter, "quant_state", None))
-        found += [Place(part, name) for name, buffer in part._buffers.items() if buffer is not None]
-        state = getattr(part, "state", None)
-        if type(state).__name__ == "MatmulLtState" and getattr(part.weight, "CB", None) is not None:
-            part.init_8bit_state()  # as its first forward pass would: the codes and row maxima move to `state`
-        found += [Place(state, name) for name in ("CB", "SCB") if torch.is_tensor(getattr(state, name, None))]
-    return found
-
-
-def _of_state(state: Any) -> list[Place]:
-    if state is None:
-        return []
-    own = [Place(state, name) for name in ("absmax", "code", "offset") if torch.is_tensor(getattr(state, name, None))]
-    return own + _of_state(getattr(state, "state2", None))
-
-
-@dataclass
-class Leaf:
-    """One frozen tensor of a block: all places that hold it, and where it stands in the block's bytes.
-
-    `home` is the tensor on the host. On the device it has `dtype`. `file` is (descriptor, start) of its bytes on disk.
-    """
-
-    places: list[Place]
-    home: Tensor
-    dtype: torch.dtype
-    offset: int = 0
-    cast_offset: int = 0
-    file: tuple[int, int] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored."""
-        return self.home.numel() * self.home.element_size()
-
-
-@dataclass
-class Block:
-    """A block's frozen tensors, laid out one after the other. `flat` has their bytes; None: they are read from files."""
-
-    leaves: list[Leaf]
-    flat: Tensor | None = None
-    views: dict[int, list[Tensor]] = field(default_factory=dict)
-    nbytes: int = 0
-    cast_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        for leaf in self.leaves:
-            leaf.offset = self.nbytes
-            self.nbytes += _aligned(leaf.nbytes)
-            if leaf.dtype != leaf.home.dtype:
-                leaf.cast_offset = self.cast_bytes
-                self.cast_bytes += _aligned(leaf.home.numel() * leaf.dtype.itemsize)
-
-    def put_home(self) -> None:
-        """Let the modules see the host's tensors."""
-        for leaf in self.leaves:
-            for place in leaf.places:
-                place.put(leaf.home)
-
-    def read(self, target: Tensor) -> None:
-        """Read the bytes from their files into a flat buffer in host memory; no page is mapped for it."""
-        buffer = memoryview(target.numpy())
-        for leaf in self.leaves:
-            descriptor, start = leaf.file
-            done = 0
-            while done < leaf.nbytes:
-                count = os.preadv(descriptor, [buffer[leaf.offset + done : leaf.offset + leaf.nbytes]], start + done)
-                if not count:
-                    raise BaseModelError("the base's weights file became shorter while it was being read")
-                done += count
-
-
-def _aligned(count: int) -> int:
-    return -(-count // ALIGN) * ALIGN
-
-
-def view_of(flat: Tensor, offset: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor shaped as `like` over a flat buffer's bytes; autograd does not see when the buffer is filled anew."""
-    count = like.numel() * dtype.itemsize
-    return flat[offset : offset + count].view(dtype).view(like.shape).data
-
-
-def leaves_of(module: nn.Module, dtype: torch.dtype, keep: Callable[[str], bool] = lambda name: False) -> list[Leaf]:
-    """A module's frozen tensors, each once. Floating-point parameters are to be computed with in `dtype`.
-
-    `keep(name)` says which parameters keep the dtype they have.
-    """
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    found: dict[tuple, Leaf] = {}
-    for place in places(module):
-        tensor = place.get()
-        own = names.get(id(place.owner)) if place.name == "data" else None
-        cast = own is not None and tensor.is_floating_point() and not keep(own)
-        key = (
-            (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)) if tensor.numel() else (id(place.owner), place.name)
-        )
-        leaf = found.setdefault(key, Leaf([], tensor, dtype if cast else tensor.dtype))
-        leaf.places.append(place)
-    return list(found.values())
-
-
-def host_buffer(nbytes: int, device: torch.device) -> Tensor:
-    """Bytes of host memory that `device` can copy from at full speed: pinned, and no more than asked for."""
-    try:
-        array = np.empty(nbytes, np.uint8)
-        if device.type != "cuda" or not nbytes:
-            return torch.from_numpy(array)
-        torch.from_numpy(array).zero_()  # by all cores: pinning would make its pages one by one
-        runtime, at = torch.cuda.cudart(), array.ctypes.data
-        if not int(runtime.cudaHostRegister(at, nbytes, 0)):
-            weakref.finalize(array, runtime.cudaHostUnregister, at).atexit = False
-            return torch.from_numpy(array)
-        del array
-        with suppress(RuntimeError):
-            torch.zeros(1, device=device)  # the next launch would report the failure once more
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # this one comes in powers of two
-    except (MemoryError, RuntimeError):
-        raise BaseModelError(
-            f"no {nbytes / 2**30:.1f} GiB of host memory are left for the streamed base: use stream: disk, or quant: nf4"
-        ) from None
-
-
-def hold(leaves: list[Leaf], device: torch.device) -> Block:
-    """A block of these tensors in host memory, in their final dtypes; the modules see them there from now on."""
-    sources = [leaf.home for leaf in leaves]
-    for leaf in leaves:
-        leaf.home = torch.empty_like(leaf.home, dtype=leaf.dtype, device="meta")
-    block = Block(leaves)
-    block.flat = host_buffer(block.nbytes, device)
-    for leaf, source in zip(leaves, sources):
-        leaf.home = view_of(block.flat, leaf.offset, source, leaf.dtype)
-        leaf.home.copy_(source)
-    block.put_home()
-    return block
+COPY_BYTES = 32 << 20
+"""Bytes of one copy: what a block's backward pass waits for is not to stand in line behind a whole other block."""
 
 
 class Conveyor:
@@ -199,35 +37,56 @@ class Conveyor:
     """
 
     def __init__(self, blocks: Sequence[Block], device: torch.device, slots: int = SLOTS, resident: int = 0) -> None:
-        self.blocks, self.device = list(blocks), device
+        self.blocks, self.device, self.usual = list(blocks), device, slots
         self.cuda = device.type == "cuda"
         count = len(self.blocks)
-        stay = [i for i in range(count) if (i + 1) * resident // count > i * resident // count]
-        pass_by = [i for i in range(count) if i not in stay]
-        self.ahead = min(slots, len(pass_by)) - 1
+        self.stay = {i for i in range(count) if (i + 1) * resident // count > i * resident // count}
+        on_disk = any(block.flat is None for block in blocks)
+        staged = on_disk and device.type != "cpu"
+        self.stage = host_buffer(max(block.nbytes for block in blocks), device) if staged else None
+        self.left_stage: Any = None
+        """The end of the last copy out of the staging buffer."""
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+        self.worker = ThreadPoolExecutor(1) if on_disk or not self.cuda else None
+        self.copied = 0
+        """Bytes brought so far."""
+        self.slots: list[Tensor] = []
+        self.ready: list[Any] = []
+        self.arrange()
+
+    def arrange(
+        self, spots: Sequence[Sequence[Spot]] = (), nbytes: int = 0, arrived: Callable[[int], None] = lambda i: None
+    ) -> None:
+        """Make the buffers. With `spots` (of each block) there is one to copy to, and one of `nbytes` to compute from.
+
+        Each block's tensors are moved there as it is used, each to its spot; then `arrived` is called with its number.
+        What else lies in that buffer is the caller's, and zero at first. The next block is copied meanwhile.
+        """
+        for ready in self.ready:
+            if isinstance(ready, Future):
+                ready.result()
+        if self.stream is not None:
+            self.stream.synchronize()
+        for block in self.blocks:
+            block.views.clear()  # of the buffers before, or another conveyor's
+        self.slots.clear()
+        self.cast, self.spots, self.arrived = None, list(spots), arrived
+        pass_by = [i for i in range(len(self.blocks)) if i not in self.stay]
+        slots = 1 if spots else self.usual
+        self.ahead = min(self.usual if spots else slots, len(pass_by)) - 1
         """How many blocks are fetched ahead."""
-        self.slot_of = {i: n for n, i in enumerate(stay)} | {i: len(stay) + n % slots for n, i in enumerate(pass_by)}
-        self.stay = set(stay)
+        own = len(self.stay)
+        self.slot_of = {i: n for n, i in enumerate(sorted(self.stay))}
+        self.slot_of |= {i: own + n % slots for n, i in enumerate(pass_by)}
         sizes = [0] * (max(self.slot_of.values()) + 1)
         for i, slot in self.slot_of.items():
             sizes[slot] = max(sizes[slot], self.blocks[i].nbytes)
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        on_disk = any(block.flat is None for block in blocks)
-        staged = on_disk and device.type != "cpu"
-        self.stage = host_buffer(max(sizes), device) if staged else None
-        self.left_stage: Any = None
-        """The end of the last copy out of the staging buffer."""
-        casts = max(block.cast_bytes for block in blocks)
-        self.cast = torch.empty(casts, dtype=torch.uint8, device=device)
-        self.stream = torch.cuda.Stream(device) if self.cuda else None
-        self.worker = ThreadPoolExecutor(1) if on_disk or not self.cuda else None
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        size = nbytes if spots else max(block.cast_bytes for block in self.blocks)
+        self.cast = torch.zeros(size, dtype=torch.uint8, device=self.device)
         self.holds: list[int | None] = [None] * len(sizes)
-        self.ready: list[Any] = [None] * len(sizes)
-        self.free = [torch.cuda.current_stream(device).record_event() if self.cuda else None for _ in sizes]
-        self.copied = 0
-        """Bytes brought so far."""
-        for block in self.blocks:
-            block.views.clear()  # another conveyor's
+        self.ready = [None] * len(sizes)
+        self.free = [torch.cuda.current_stream(self.device).record_event() if self.cuda else None for _ in sizes]
 
     @property
     def nbytes(self) -> int:
@@ -258,7 +117,9 @@ class Conveyor:
             return None
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.free[slot])
-            target.copy_(source, non_blocking=True)
+            for start in range(0, block.nbytes, COPY_BYTES):
+                part = slice(start, start + COPY_BYTES)
+                target[part].copy_(source[part], non_blocking=True)
             self.left_stage = self.stream.record_event() if source is not block.flat else None
             return self.left_stage or self.stream.record_event()
 
@@ -271,22 +132,40 @@ class Conveyor:
         if self.ready[slot] is not None:
             torch.cuda.current_stream(self.device).wait_event(self.ready[slot])
         if slot not in block.views:
-            raw = [view_of(self.slots[slot], leaf.offset, leaf.home, leaf.home.dtype) for leaf in block.leaves]
-            block.views[slot] = raw + [
-                view_of(self.cast, leaf.cast_offset, leaf.home, leaf.dtype) if leaf.dtype != leaf.home.dtype else view
-                for leaf, view in zip(block.leaves, raw)
-            ]
+            block.views[slot] = self._views(i, slot)
         raw, views = block.views[slot][: len(block.leaves)], block.views[slot][len(block.leaves) :]
         for stored, view in zip(raw, views):
             if view is not stored:
-                view.copy_(stored)
+                copy(view, stored)
+        if self.spots:
+            self._left(slot)
+            self.arrived(i)
         return views
+
+    def _views(self, i: int, slot: int) -> list[Tensor]:
+        """Block i's tensors as they come, then as they are computed with."""
+        leaves = self.blocks[i].leaves
+        raw = [view_of(self.slots[slot], leaf.offset, leaf.home, leaf.home.dtype) for leaf in leaves]
+        if self.spots:
+            spots = zip(leaves, self.spots[i])
+            return raw + [view_of(self.cast, at, leaf.home, leaf.dtype, stride) for leaf, (at, stride) in spots]
+        return raw + [
+            view_of(self.cast, leaf.cast_offset, leaf.home, leaf.dtype) if leaf.dtype != leaf.home.dtype else view
+            for leaf, view in zip(leaves, raw)
+        ]
+
+    def _left(self, slot: int) -> None:
+        """The buffer may be filled anew once the device is done with what it was given so far."""
+        if self.cuda:
+            self.free[slot] = torch.cuda.current_stream(self.device).record_event()
 
     @contextmanager
     def use(self, i: int, ahead: Iterable[int] = ()) -> Iterator[list[Tensor]]:
         """Block i on the device for the length of a block of code; the blocks that come next are fetched meanwhile."""
         views = self._arrive(i)
-        for _, j in zip(range(self.ahead), (j for j in ahead if j not in self.stay)):
+        slot = None if self.spots else self.slot_of[i]  # with spots, block i has left it
+        free = (j for j in ahead if j not in self.stay and self.slot_of[j] != slot)
+        for _, j in zip(range(self.ahead), free):
             self.fetch(j)
         block = self.blocks[i]
         for leaf, view in zip(block.leaves, views):
@@ -296,13 +175,21 @@ class Conveyor:
             yield views
         finally:
             block.put_home()
-            if self.cuda:
-                self.free[self.slot_of[i]] = torch.cuda.current_stream(self.device).record_event()
+            if not self.spots:
+                self._left(self.slot_of[i])
 
     def close(self) -> None:
         """End the reading thread."""
         if self.worker is not None:
             self.worker.shutdown()
+
+
+def copy(target: Tensor, source: Tensor) -> None:
+    """target ← source; a matrix, whose rows may stand apart in the target, eight bytes at a time where that goes."""
+    same = target.dtype == source.dtype and target.ndim == 2
+    if same and all((n * target.element_size()) % 8 == 0 for n in (target.shape[1], target.stride(0))):
+        target, source = target.view(torch.int64), source.view(torch.int64)
+    target.copy_(source)
 
 
 class StreamedBase:
@@ -323,9 +210,9 @@ class StreamedBase:
         slots: int = SLOTS,
         resident: int = 0,
     ) -> None:
-        self.model, self.modules, self.device, self.dtype = model, list(modules), device, dtype
-        self.conveyor = Conveyor(blocks, device, slots, resident)
-        self.head = Conveyor(head, device)
+        self.model, self.modules, self.device, self.dtype = model, list(modules), indexed(device), dtype
+        self.conveyor = Conveyor(blocks, self.device, slots, resident)
+        self.head = Conveyor(head, self.device)
         self.forget: Callable[[], None] = lambda: None
         """Lets go of the pages of mapped files that were touched."""
         self.tuples: dict[int, int] = {}
@@ -373,25 +260,25 @@ class StreamedBase:
         self.seen = self.seen or i == len(self.modules) - 1
         return out
 
-    def lookup(self, ids: Tensor) -> Tensor:
-        """The embedding on the device; only the rows that occur are copied there."""
+    def lookup(self, ids: Tensor, known: Tensor | None = None) -> Tensor:
+        """The embedding on the device; only the rows that occur are copied there. `known`: the ids on the host."""
         embedding = input_embedding(self.model)
         table, padding = embedding.weight.data, embedding.padding_idx
-        unique, where = ids.cpu().unique(return_inverse=True)
+        unique, where = (ids.cpu() if known is None else known.view(ids.shape)).unique(return_inverse=True)
         rows = torch.empty(len(unique), table.shape[1], dtype=table.dtype, pin_memory=self.device.type == "cuda")
         torch.index_select(table, 0, unique, out=rows)
         embedding.weight.data, embedding.padding_idx = rows.to(self.device, non_blocking=True).to(self.dtype), None
         try:
-            return type(embedding).forward(embedding, where.to(self.device))
+            return type(embedding).forward(embedding, sent(where, self.device))
         finally:
             embedding.weight.data, embedding.padding_idx = table, padding
             self.forget()
 
     def head_pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows of the output matrix on the device) over the vocabulary; each is valid until the next."""
-        start = 0
-        for i in range(len(self.head.blocks)):
-            with self.head.use(i, range(i + 1, len(self.head.blocks))) as (weight,):
+        start, count = 0, len(self.head.blocks)
+        for i in range(count):  # the first piece comes after the last: the next pass finds it there
+            with self.head.use(i, [*range(i + 1, count), *range(i)]) as (weight,):
                 yield start, weight
                 start += weight.shape[0]
 

@@ -20,21 +20,12 @@ from torch import Tensor, nn
 from veneer.adapter.targets import input_embedding, output_head
 from veneer.base import quant as quantisation
 from veneer.base.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from veneer.base.held import Block, Leaf, hold, leaves_of
 from veneer.base.load import BaseInfo, load_base, load_tokenizer, locate, pick_device, pick_dtype
 from veneer.base.mapped import map_model
 from veneer.base.paths import cache_dir
 from veneer.base.quiet import quiet_transformers
-from veneer.base.stream import (
-    CHUNK_BYTES,
-    SLOTS,
-    Block,
-    Leaf,
-    StreamedBase,
-    check_streamable,
-    frozen_blocks,
-    hold,
-    leaves_of,
-)
+from veneer.base.stream import CHUNK_BYTES, SLOTS, StreamedBase, check_streamable, frozen_blocks
 from veneer.errors import BaseModelError, ConfigError
 
 BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.002}

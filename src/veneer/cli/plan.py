@@ -87,7 +87,7 @@ def _settings(settings: list[str], rank: int | None, targets: str | None, quant:
     given = parse_settings(settings) | {key: value for key, value in flags.items() if value is not None}
     if quant != "auto":
         given["quant"] = quant
-    known = (*AXES, "train.micro_batch_tokens", "train.compile")
+    known = (*AXES, "train.micro_batch_tokens", "train.keep_blocks", "train.compile")
     if wrong := [key for key in given if key not in known and not key.startswith("adapter.")]:
         raise ConfigError(f"--set {wrong[0]}: a plan takes adapter's keys and {', '.join(known)}")
     stream = given.pop("train.stream", None)  # checked by hand where this version has no such key
@@ -101,6 +101,8 @@ def _settings(settings: list[str], rank: int | None, targets: str | None, quant:
         fixed["dial"] = config.train.checkpointing
     if "train.micro_batch_tokens" in given:
         fixed["micro_tokens"] = config.train.micro_batch_tokens
+    if "train.keep_blocks" in given:
+        fixed["keep"] = config.train.keep_blocks
     if "train.compile" in given:
         fixed["compile"] = config.train.compile
     return config.adapter, fixed

@@ -11,21 +11,24 @@ import torch
 
 
 @cache
-def backend(keep: float) -> Callable:
+def backend(keep: float, lean: bool = False) -> Callable:
     """Inductor as a backend of torch.compile that keeps a share of what it could keep for the backward pass.
 
     1 keeps all that saves work; below it, the compiler chooses what to compute again by a knapsack over operations whose
     worth is their floating-point operations, so that element-wise ones go first; 0 keeps the inputs alone. Code that is
-    compiled with one share is not taken for another.
+    compiled with one share is not taken for another. `lean`: the backward pass unpacks 4-bit matrices anew, each when
+    it is used, so that no block's are there all at once.
     """
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
         from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
+        from veneer.kernels.gated_mlp import graph_gated_mlps
         from veneer.kernels.group import graph_groups
 
-        graph_groups(graph, again=keep > 0)
+        graph_groups(graph, again=lean or keep > 0)
+        graph_gated_mlps(graph, low_again=keep < 0.5)  # so little kept, x Aᵀ would be computed again, and its x with it
         with config.patch(activation_memory_budget=keep):
             return compile_fx(graph, inputs)
 
@@ -36,6 +39,7 @@ def compile_or_plain(
     function: Callable,
     *,
     keep: float = 1.0,
+    lean: bool = False,
     dynamic: bool | None = None,
     otherwise: Callable | None = None,
     note: Callable[[str], None] = warnings.warn,
@@ -44,7 +48,7 @@ def compile_or_plain(
 
     The failure is told once, through `note`.
     """
-    fast = torch.compile(function, dynamic=dynamic, backend=backend(keep))
+    fast = torch.compile(function, dynamic=dynamic, backend=backend(keep, lean))
     otherwise = otherwise or function
     failed = False
 

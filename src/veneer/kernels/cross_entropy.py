@@ -14,6 +14,16 @@ GPU_CHUNK_BYTES = 256 << 20
 """The same for logits in the head's own dtype on a GPU, whose products want more rows."""
 
 
+FEWEST_ROWS = 512
+"""Positions of a chunk on a GPU that a short row is not cut below: fewer make the products slow."""
+
+
+def chunk_rows(positions: int, row_bytes: int) -> int:
+    """Positions of a chunk on a GPU: as the limit has it, and a quarter of a short row, so that a chunk's logits weigh no
+    more than a block's work."""
+    return max(1, min(GPU_CHUNK_BYTES // row_bytes, max(FEWEST_ROWS, positions // 4)))
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """`veneer.kernels.reference.linear_cross_entropy` for a frozen head, position by position: (N) float32.
 
@@ -78,7 +88,7 @@ def _on_gpu(ctx, hidden, weight, bias, targets, softcap, logit_scale, grad):
     """The forward pass on a GPU: the element-wise part of each chunk is one compiled kernel."""
     global _compiled
     _compiled = _compiled or compile_or_plain(loss_and_slope)
-    rows = max(1, GPU_CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+    rows = chunk_rows(hidden.shape[0], weight.element_size() * weight.shape[0])
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)

@@ -78,6 +78,16 @@ def matrix_of(source: Sequence[Tensor], again: bool) -> Tensor:
     return source[0] if len(source) == 1 else unpack(source, again)
 
 
+def products(
+    x: Tensor, packed: Tensor, sizes: Sequence[int], ranks: Sequence[int], biases: Sequence[Tensor | None]
+) -> tuple[list[Tensor], Tensor]:
+    """[y_i (T, O_i)…] and x Aᵀ (T, R) of x (T, I)."""
+    total, width = sum(sizes), x.shape[1]
+    wide = F.pad(x, (0, sum(ranks)))
+    low = torch.ops.veneer.append_product(wide, packed[total:, :width])
+    return [F.linear(wide, p, b) for p, b in zip(packed[:total].split(list(sizes)), biases)], low
+
+
 class LoraGroup(torch.autograd.Function):
     """y_i = x W_iᵀ + s_i (x A_iᵀ) B_iᵀ + bias_i; only x and the factors get gradients, and only x, x Aᵀ are kept.
 
@@ -88,14 +98,12 @@ class LoraGroup(torch.autograd.Function):
     def forward(ctx, x, scaling, sizes, ranks, biases, again, count, *tensors):
         source, factors = tensors[:count], tensors[count:]
         packed = matrix_of(source, False)
-        x2, width, total = x.reshape(-1, x.shape[-1]), x.shape[-1], sum(sizes)
-        wide = F.pad(x2, (0, sum(ranks)))
-        low = torch.ops.veneer.append_product(wide, packed[total:, :width])
+        x2 = x.reshape(-1, x.shape[-1])
+        outs, low = products(x2, packed, sizes, ranks, biases)
         ctx.save_for_backward(x2, low, scaling, *source)
         ctx.sizes, ctx.ranks, ctx.shape, ctx.again = sizes, ranks, x.shape, again
         ctx.dtypes = [factor.dtype for factor in factors]
-        rows = packed[:total].split(list(sizes))
-        return tuple(F.linear(wide, p, b).view(*x.shape[:-1], -1) for p, b in zip(rows, biases))
+        return tuple(y.view(*x.shape[:-1], -1) for y in outs)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -118,14 +126,29 @@ def joined_gradients(
     grads: Sequence[Tensor], x: Tensor, low: Tensor, packed: Tensor, scaling: Tensor, sizes, ranks, need_x: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """∂L/∂x (T, I) and [∂L/∂A_i…, ∂L/∂B_i…] from g_i (T, O_i), by one product over g̃."""
-    total, width = sum(sizes), x.shape[1]
-    wide = torch.cat([*grads, x.new_zeros(x.shape[0], sum(ranks))], dim=1)
+    wide = beside_ranks(grads, ranks)
+    u, grad_x = input_gradient(wide, packed, ranks, need_x)
+    return grad_x, factor_gradients(wide, u, x, low, scaling, sizes, ranks)
+
+
+def beside_ranks(grads: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """[g, 0] (T, O+R): what `input_gradient` makes g̃ of."""
+    return torch.cat([*grads, grads[0].new_zeros(grads[0].shape[0], sum(ranks))], dim=1)
+
+
+def input_gradient(wide: Tensor, packed: Tensor, ranks: Sequence[int], need_x: bool) -> tuple[Tensor, Tensor | None]:
+    """g·sB (T, R), also written into wide's last columns, and ∂L/∂x (T, I)."""
+    total, width = packed.shape[0] - sum(ranks), packed.shape[1] - sum(ranks)
     u = torch.ops.veneer.append_product(wide, packed[:total, width:].t())
-    grad_x = wide @ packed[:, :width] if need_x else None
-    grad_b = ((wide[:, :total].t() @ low) * scaling).split(list(sizes))
+    return u, wide @ packed[:, :width] if need_x else None
+
+
+def factor_gradients(wide: Tensor, u: Tensor, x: Tensor, low: Tensor, scaling: Tensor, sizes, ranks) -> list[Tensor]:
+    """[∂L/∂A_i…, ∂L/∂B_i…] from g̃."""
+    grad_b = ((wide[:, : sum(sizes)].t() @ low) * scaling).split(list(sizes))
     starts = [sum(ranks[:i]) for i in range(len(ranks))]
     grad_b = [d[:, start : start + rank] for d, start, rank in zip(grad_b, starts, ranks)]
-    return grad_x, [*(u.t() @ x).split(list(ranks)), *grad_b]
+    return [*(u.t() @ x).split(list(ranks)), *grad_b]
 
 
 def separate_gradients(

@@ -45,7 +45,7 @@ _compiled: Callable | None = None
 
 
 class StreamedCrossEntropy(torch.autograd.Function):
-    """The summed loss; the gradient of the hidden states is made in the forward pass, and the head gets none."""
+    """Each position's loss, (N) float32; its hidden state's gradient is made in the forward pass, the head gets none."""
 
     @staticmethod
     def forward(ctx, hidden, pieces, bias, targets, softcap, logit_scale):
@@ -53,23 +53,23 @@ class StreamedCrossEntropy(torch.autograd.Function):
         step = fold
         if hidden.is_cuda:
             step = _compiled = _compiled or compile_or_plain(fold)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         grad = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], ROWS):
             part = slice(start, start + ROWS)
             own = None if grad is None else grad[part]
-            total += _rows(step, hidden[part], pieces, bias, targets[part, None], softcap, logit_scale, own)
+            losses[part] = _rows(step, hidden[part], pieces, bias, targets[part, None], softcap, logit_scale, own)
         ctx.save_for_backward(grad)
-        return total
+        return losses
 
     @staticmethod
-    def backward(ctx, grad_total):
+    def backward(ctx, grad_losses):
         (grad,) = ctx.saved_tensors
-        return grad * grad_total.to(grad.dtype), None, None, None, None, None
+        return grad * grad_losses.to(grad.dtype).unsqueeze(-1), None, None, None, None, None
 
 
 def _rows(step, h, pieces, bias, targets, softcap, logit_scale, grad) -> Tensor:
-    """The loss of some positions; fills `grad` with their gradient."""
+    """The losses (n) of some positions; fills `grad` with their gradient."""
     s, wanted = (torch.zeros(len(h), 1, dtype=torch.float32, device=h.device) for _ in range(2))
     m = torch.full_like(s, float("-inf"))
     a = None if grad is None else torch.zeros(h.shape, dtype=torch.float32, device=h.device)
@@ -83,7 +83,7 @@ def _rows(step, h, pieces, bias, targets, softcap, logit_scale, grad) -> Tensor:
     if grad is not None:
         torch.sub(a.div_(s), grad, out=a)
         grad.copy_(a)
-    return (s.log() + m - wanted).sum()
+    return (s.log() + m - wanted).squeeze(-1)
 
 
 def streamed_cross_entropy(
@@ -94,6 +94,8 @@ def streamed_cross_entropy(
     *,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    reduction: str = "sum",
 ) -> Tensor:
-    """`veneer.kernels.reference.linear_cross_entropy` with W in pieces: hidden (N, d), targets (N) → scalar, float32."""
-    return StreamedCrossEntropy.apply(hidden, pieces, bias, targets, softcap, logit_scale)
+    """`veneer.kernels.reference.linear_cross_entropy` with W in pieces: hidden (N, d), targets (N) → (N) or scalar."""
+    losses = StreamedCrossEntropy.apply(hidden, pieces, bias, targets, softcap, logit_scale)
+    return losses.sum() if reduction == "sum" else losses

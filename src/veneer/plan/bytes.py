@@ -20,6 +20,8 @@ BFLOAT16, FLOAT32 = 2, 4
 MOMENTS = 2
 """AdamW keeps two running means for each number that it trains (arXiv:1711.05101)."""
 
+SENT = "recompute-offload", "offload", "mixed"
+"""The modes of a block that send what they keep to the host: `training.store`."""
 SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 """Bytes of a number by dtype, in the order in which a safetensors file holds them."""
 
@@ -83,7 +85,8 @@ def safetensors_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadat
 class Setting:
     """One way to run a step. `micro_tokens` are those of a row, in sequences of `sequence`; `tokens` those of a step.
 
-    `dial` is train.checkpointing, `stream` where the frozen blocks live: off (on the device), host or disk.
+    `dial` is train.checkpointing, `keep` train.keep_blocks, `stream` where the frozen blocks live: off (on the device),
+    host or disk. `graphs`: rows run as CUDA graphs once they were seen.
     """
 
     quant: str
@@ -94,6 +97,8 @@ class Setting:
     optimizer: str = "adamw"
     compile: bool = False
     stream: str = "off"
+    keep: int = 0
+    graphs: bool = False
 
     @property
     def rows(self) -> int:
@@ -104,7 +109,8 @@ class Setting:
 @dataclass(frozen=True)
 class Need:
     """Bytes that a step needs at its peak. `allocated` is the sum of the parts, `reserved` what the allocator takes for
-    it, `total` that and what the device or process holds besides. `host` is host memory beside a GPU (else 0)."""
+    it (`pool`: what CUDA graphs keep to themselves, as much as a row takes), `total` that and what the device or process
+    holds besides. `host` is host memory beside a GPU (else 0)."""
 
     base: float
     adapter: float
@@ -114,6 +120,7 @@ class Need:
     work: float
     head: float
     workspace: float
+    pool: float
     slack: float
     context: float
     host: float
@@ -134,7 +141,7 @@ class Need:
 
     @property
     def reserved(self) -> float:
-        return self.allocated + self.slack
+        return self.allocated + self.pool + self.slack
 
     @property
     def total(self) -> float:
@@ -166,7 +173,19 @@ def unpacked(numbers: int, quant: str, each: int) -> float:
 
 def modes_of(setting: Setting, blocks: int) -> list[str]:
     """A mode for each block. A streamed base does not keep: `training.streamed`."""
-    return spread("recompute" if setting.stream != "off" and setting.dial == "keep" else setting.dial, blocks)
+    dial = "recompute" if setting.stream != "off" and setting.dial == "keep" else setting.dial
+    return spread(dial, blocks, setting.keep, compiled=setting.compile)
+
+
+def packs(setting: Setting) -> bool:
+    """Whether linears of one input are packed into one matrix, as compiled blocks have it; of a streamed base only 4-bit
+    ones are."""
+    return setting.compile and (setting.stream == "off" or setting.quant in ("nf4", "fp4"))
+
+
+def can_have_graphs(setting: Setting) -> bool:
+    """Whether rows of this setting can run as CUDA graphs: `training.graphs`."""
+    return setting.compile and setting.stream == "off" and setting.dial not in SENT
 
 
 def block_bytes(block: Block, quant: str, each: int) -> float:
@@ -178,11 +197,12 @@ def base_bytes(profile: Profile, setting: Setting) -> float:
     """The frozen weights on the device. Of a streamed base a few blocks and two pieces of the head are."""
     each = profile.dtype_bytes
     blocks = [block_bytes(block, setting.quant, each) for block in profile.blocks]
+    beside = sum(block.beside for block in profile.blocks) * each if packs(setting) else 0
     if setting.stream == "off":
-        return sum(blocks) + (profile.embedding + profile.head + profile.rest) * each
+        return sum(blocks) + beside + (profile.embedding + profile.head + profile.rest) * each
     head = (profile.head or profile.embedding) * each
     buffers = min(constants.STREAM_BUFFERS, len(blocks)) * max(blocks)
-    return buffers + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
+    return buffers + beside + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
 
 
 def optimizer_bytes(profile: Profile, optimizer: str) -> tuple[float, float]:
@@ -196,6 +216,7 @@ def chunk_bytes(vocabulary: int, tokens: int, each: int, cuda: bool) -> float:
     """Logits and their gradients of the loss: one chunk of each, and where there are several the last one's gradients."""
     limit, each = (constants.GPU_CHUNK, each) if cuda else (constants.CPU_CHUNK, FLOAT32)
     rows = max(1, limit // (each * vocabulary))
+    rows = min(rows, max(constants.GPU_CHUNK_ROWS, tokens // 4)) if cuda else rows
     full, rest = divmod(tokens, rows)
     chunks = [rows] * min(full, 2) + [rest] * (rest > 0)
     return max(before + 2 * own for before, own in zip([0, *chunks], chunks)) * vocabulary * each
@@ -215,10 +236,14 @@ def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[fl
     """What a block keeps for its backward pass after its forward pass, in bytes: on the device, and in host memory."""
     if mode.startswith("recompute"):
         kept = block.inputs(tokens)
+    elif compiled and mode == "mixed":
+        kept = block.inputs(tokens) + constants.KEPT_MIXED * block.widest * tokens
+    elif compiled:
+        kept = block.dear(tokens) * constants.KEPT[mode]
+        kept += constants.NORMS * block.inputs(tokens) if mode == "keep" else 0.0
     else:
-        share = constants.SELECTIVE if mode != "keep" else 1.0
-        kept = block.compiled(tokens) * share if compiled else block.kept(tokens)
-    if not mode.endswith("offload"):
+        kept = block.kept(tokens)
+    if mode not in SENT:
         return kept, 0.0
     if mode == "recompute-offload" or compiled:
         return (kept, 0.0) if block.inputs(tokens) < constants.SMALL else (0.0, kept)
@@ -231,13 +256,19 @@ def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
     """The most that a block needs while it runs, over what was there before it: all that it keeps, temporaries, the
     gradient of its output, and the float copy of a quantised weight."""
     tokens = setting.micro_tokens
-    most = max(block.backward_peak(tokens), block.forward_peak(tokens))
-    if mode.startswith("recompute"):
-        most = max(most, block.forward_peak(tokens) + block.inputs(tokens))
     if setting.compile:
-        saved = block.compiled(tokens) * (constants.SELECTIVE if mode in ("selective", "offload") else 1.0)
-        most = saved + (most - block.kept(tokens)) * constants.COMPILED_WORK
-    return most + max((unpacked(n, setting.quant, each) for n in block.linears), default=0.0)
+        most = block.dear(tokens) + (constants.NORMS * block.inputs(tokens) if mode == "keep" else 0.0)
+        most += constants.WORK_WIDE[mode] * block.widest * tokens + constants.WORK_INPUTS * block.inputs(tokens)
+    else:
+        most = max(block.backward_peak(tokens), block.forward_peak(tokens))
+        if mode.startswith("recompute"):
+            most = max(most, block.forward_peak(tokens) + block.inputs(tokens))
+        if mode in SENT[1:]:  # what several operations save comes back as often
+            kept, sent = kept_bytes(block, mode, tokens, False)
+            most += max(0.0, sent + kept - block.kept(tokens))
+        most += constants.EAGER_WORK * block.kept(tokens)
+    sizes = block.groups if packs(setting) else block.linears
+    return most + max((unpacked(n, setting.quant, each) for n in sizes), default=0.0)
 
 
 def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: float | None = None) -> Need:
@@ -254,7 +285,11 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
             work = work_bytes(block, mode, setting, each)
             known[key] = *kept_bytes(block, mode, tokens, setting.compile), work
         kept, sent, work = known[key]
-        travelling = (sum(last[-constants.AHEAD + 1 :]) + (constants.IN_FLIGHT * sent if cuda else 0.0)) * rows
+        travelling = sum(last[-constants.AHEAD + 1 :]) + (
+            constants.IN_FLIGHT * sent if cuda and not setting.compile else 0.0
+        )
+        if setting.stream != "off":  # of the other rows, all that this block and the one before it sent
+            travelling = (travelling + sent) * rows - sent
         peaks.append((here + travelling, work, 0.0, "a block's backward pass"))
         here, away = here + kept * rows, away + sent * rows
         here += 0.0 if cuda else sent * rows  # the host's memory is the device's, and holds both copies
@@ -277,7 +312,8 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         "head": head,
         "workspace": constants.WORKSPACE if cuda else 0.0,
     }
-    slack = sum(parts.values()) * (constants.RESERVED if cuda else 0.0)
+    own = kept + work + head
+    slack = constants.RESERVED_FIXED + constants.RESERVED * own
     if not cuda:
         slack = constants.HOST_SLACK * sum(value for key, value in parts.items() if key not in ("base", "adapter"))
     besides = context if context is not None else constants.CONTEXT if cuda else constants.HOST_BASELINE
@@ -288,4 +324,5 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     if not cuda:
         parts["base"] += resident
     host = constants.HOST_RUN + away * constants.PINNED + paged + resident if cuda else 0.0
-    return Need(**parts, slack=slack, context=besides, host=host, at=at)
+    pool = constants.POOL * own if setting.graphs and cuda else 0.0
+    return Need(**parts, pool=pool, slack=slack, context=besides, host=host, at=at)

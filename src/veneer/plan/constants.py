@@ -6,19 +6,36 @@ MIB = 1 << 20
 
 CONTEXT = 560 * MIB
 """What CUDA, cuBLAS and torch's own kernels hold on a device besides tensors; a run measures it for itself."""
-WORKSPACE = 32 * MIB
-"""cuBLAS's workspace, from the caching allocator (torch's default on Hopper; 8 MiB elsewhere)."""
-RESERVED = 0.033
-"""The allocator's reserve over what is allocated at the peak: 3.2, 3.3 and 3.3 % in benchmarks/results/gpu_train.json
-(8B bf16 keep, mixed, 1B keep on an H200)."""
-COMPILED_WORK = 1.0
-"""A compiled block's temporaries over an eager one's."""
-SELECTIVE = 0.85
-"""What a compiled block keeps at `selective` and `offload` over `keep`: `training.accelerate.KEEP`."""
+WORKSPACE = 64 * MIB
+"""cuBLAS's workspaces, from the caching allocator: 32 MiB on Hopper (8 MiB elsewhere) for the thread of the forward pass
+and for autograd's."""
+RESERVED = 0.02
+"""The allocator's reserve over what is allocated at the peak besides weights, gradients and moments."""
+RESERVED_FIXED = 48 * MIB
+"""The allocator's reserve at least: pieces of its segments of 20 MiB."""
+POOL = 1.0
+"""What CUDA graphs keep to themselves over what a row takes."""
+EAGER_WORK = 0.0
+"""An uncompiled block's temporaries that no count shows (workspaces of kernels), over what it keeps."""
+KEPT = {"keep": 1.0, "selective": 1.0, "offload": 1.0}
+"""What a compiled block keeps on a setting of the dial over what is dear to compute again."""
+KEPT_MIXED = 1.0
+"""What it keeps at `mixed` besides its input, in tensors as wide as its widest: the gate's product."""
+NORMS = 2.0
+"""Times a block's input that a compiled block keeps besides at `keep`: what its norms give."""
+WORK_WIDE = {"keep": 3.0, "selective": 3.0, "offload": 3.0, "mixed": 3.0, "recompute": 3.0, "recompute-offload": 3.0}
+WORK_INPUTS = 4.0
+"""A compiled block's temporaries in its backward pass, in tensors as wide as its widest and as its input: the MLP's
+products and their gradients (8B on an H200: 0.94 and 0.27 GB of a peak's 1.2 GB at 8,192 tokens)."""
 FUSED = 0.3
 """Bytes that compiled element-wise operations move over eager ones'."""
-COMPILED_CALLS = 0.25
-"""Kernels that compiled code starts over eager code's."""
+AGAIN_MIXED = 0.5
+"""Share of its forward pass that a compiled block does again at `mixed`: all but gate and down."""
+EAGER_CALLS = 2.0
+"""Time to start an eager operation in a training step over that of an in-place addition alone: Python around it, and
+several kernels."""
+COMPILED_CALLS = 0.5
+"""The same of compiled code, over all of the eager code's operations."""
 PRODUCT_SHARE = 1.0
 """Rate of a layer's products over that of one large product."""
 HOST_SHARES = (0.5, 0.4)
@@ -36,11 +53,12 @@ PINNED = 1.25
 """Host memory of offloaded tensors over their bytes: pinned allocations are rounded up to powers of two."""
 GPU_CHUNK, CPU_CHUNK = 256 * MIB, 64 * MIB
 """Logits of one chunk of the loss: `kernels.cross_entropy`."""
+GPU_CHUNK_ROWS = 512
+"""The same in positions, at least: `kernels.cross_entropy.FEWEST_ROWS`."""
 AHEAD = 2
 """Blocks whose offloaded tensors are on the device at once: `training.store.Host`."""
-IN_FLIGHT = 0.65
-"""What offloading holds on the device besides, in blocks' offloaded tensors: H100, 0.64 of an 8B block's, 0.6 of Qwen3-4B's
-and 0.3 of a 1B's, all uncompiled."""
+IN_FLIGHT = 0.2
+"""What offloading holds on the device besides the block at work and the one before it, in blocks' offloaded tensors."""
 SMALL = MIB
 """Tensors below this many bytes are not offloaded: `training.store.SMALL`."""
 STREAM_BUFFERS = 2

@@ -45,10 +45,16 @@ class Option:
     time: Time
     reason: str = ""
 
+    @property
+    def wanted(self) -> float:
+        """Bytes of the device that a run is given for it: the prediction and the margin."""
+        return self.need.total * (1 + constants.MARGIN)
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "setting": asdict(self.setting),
             "need": self.need.as_dict(),
+            "wanted": round(self.wanted),
             "time": self.time.as_dict(),
             "reason": self.reason,
         }
@@ -89,7 +95,7 @@ class Plan:
 @dataclass(frozen=True)
 class Wish:
     """The work of a step: sequences of up to `sequence` tokens, `tokens` in all; `fixed` has what the user chose of
-    quant, stream, dial, optimizer, micro_tokens. `compile` says whether blocks are compiled."""
+    quant, stream, dial, optimizer, micro_tokens, keep. `compile` says whether blocks are compiled."""
 
     sequence: int
     tokens: int
@@ -112,9 +118,33 @@ def options(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> list[
     for quant, stream, dial, optimizer, micro in product(*axes.values(), rows):
         if stream != "off" and dial == "keep" and "dial" not in wish.fixed:
             continue  # is recompute there
-        setting = size.Setting(quant, dial, micro, wish.sequence, wish.tokens, optimizer, wish.compile, stream)
+        keep = wish.fixed.get("keep", 0)
+        setting = size.Setting(quant, dial, micro, wish.sequence, wish.tokens, optimizer, wish.compile, stream, keep)
         found.append(judge(profile, budget, rates, setting))
     return found
+
+
+def with_kept_blocks(profile: Profile, budget: Budget, rates: Rates, every: Iterable[Option]) -> list[Option]:
+    """For the fastest setting that fits of each kind that saves memory: the same with as many of the last blocks kept as
+    fit, where that is any."""
+    found: dict[tuple, Option] = {}
+    for option in sorted((o for o in every if not o.reason), key=lambda o: o.time.total):
+        if option.setting.dial not in ("keep", "selective"):
+            found.setdefault((*_kind(option), option.setting.optimizer), option)
+    return [kept for option in found.values() if (kept := most_kept(profile, budget, rates, option)) is not None]
+
+
+def most_kept(profile: Profile, budget: Budget, rates: Rates, option: Option) -> Option | None:
+    """The setting with the most of the last blocks kept that fits; None where not one can be."""
+    low, high, best = 1, len(profile.blocks), None
+    while low <= high:
+        middle = (low + high) // 2
+        tried = judge(profile, budget, rates, replace(option.setting, keep=middle, graphs=False))
+        if tried.reason:
+            high = middle - 1
+        else:
+            best, low = tried, middle + 1
+    return best
 
 
 def row_sizes(sequence: int, tokens: int) -> list[int]:
@@ -127,19 +157,25 @@ def row_sizes(sequence: int, tokens: int) -> list[int]:
 
 
 def judge(profile: Profile, budget: Budget, rates: Rates, setting: size.Setting) -> Option:
-    """One setting against a budget."""
+    """One setting against a budget; with CUDA graphs where it can have them and there is room for what they keep."""
+    if budget.cuda and size.can_have_graphs(setting) and not setting.graphs:
+        fast = judge(profile, budget, rates, replace(setting, graphs=True))
+        if not fast.reason:
+            return fast
     need = size.need(profile, setting, cuda=budget.cuda, context=budget.context)
-    wanted, reason = need.total * (1 + constants.MARGIN), ""
-    if wanted > budget.device:
-        reason = f"needs {text(wanted)}"
-    elif budget.host is not None and need.host > budget.host:
-        reason = f"needs {text(need.host)} of host memory"
-    return Option(setting, need, step(profile, setting, rates), reason)
+    option = Option(setting, need, step(profile, setting, rates))
+    if option.wanted > budget.device:
+        return replace(option, reason=f"needs {text(option.wanted)}")
+    if budget.host is not None and need.host > budget.host:
+        return replace(option, reason=f"needs {text(need.host)} of host memory")
+    return option
 
 
 def find(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> Plan:
     """The plan for a budget. Raises `PlanError` where nothing fits, with the least that would and what to change."""
     every = options(profile, budget, rates, wish)
+    if "keep" not in wish.fixed:
+        every += with_kept_blocks(profile, budget, rates, every)
     fitting = sorted((option for option in every if not option.reason), key=_rank)
     if not fitting:
         raise PlanError(nothing_fits(profile, budget, rates, wish, every))
@@ -188,7 +224,7 @@ def _not_taken(every: list[Option], chosen: Option) -> list[Why]:
                 best = min(fitting, key=_rank)
                 slower = best.time.total / chosen.time.total - 1
                 reason = f"{slower:.0%} slower" if slower >= SAME - 1 else "no faster"
-                found.append(Why(axis, value, f"{reason}, in {text(best.need.total)}"))
+                found.append(Why(axis, value, f"{reason}, in {text(best.wanted)}"))
             else:
                 least = min(own, key=lambda option: option.need.total)
                 found.append(Why(axis, value, f"does not fit: {least.reason} at least"))
@@ -197,13 +233,14 @@ def _not_taken(every: list[Option], chosen: Option) -> list[Why]:
 
 def steps_down(every: list[Option], chosen: Option, wish: Wish) -> list[Option]:
     """What a run can change to in its midst without loading the base anew, each needing less on the device than the one
-    before: another dial, or smaller rows. The fastest way down."""
+    before: no blocks kept, another dial, or smaller rows. The fastest way down."""
     same = ("quant", "stream", "optimizer")
     near = [
         option
         for option in every
         if all(getattr(option.setting, axis) == getattr(chosen.setting, axis) for axis in same)
         and option.setting.micro_tokens <= chosen.setting.micro_tokens
+        and option.setting.keep == wish.fixed.get("keep", 0)
     ]
     found, last = [], chosen
     for option in sorted(near, key=lambda option: option.time.total):
@@ -216,12 +253,9 @@ def steps_down(every: list[Option], chosen: Option, wish: Wish) -> list[Option]:
 def nothing_fits(profile: Profile, budget: Budget, rates: Rates, wish: Wish, every: list[Option]) -> str:
     """One line: the least that would fit, with which settings, and what to change."""
     least = min(every, key=lambda option: option.need.total)
-    line = (
-        f"nothing fits {text(budget.device)}: the least is {text(least.need.total * (1 + constants.MARGIN))}, "
-        f"with {describe(least.setting)}"
-    )
-    if least.need.total * (1 + constants.MARGIN) <= budget.device:
-        near = [o for o in every if o.need.total * (1 + constants.MARGIN) <= budget.device]
+    line = f"nothing fits {text(budget.device)}: the least is {text(least.wanted)}, with {describe(least.setting)}"
+    if least.wanted <= budget.device:
+        near = [o for o in every if o.wanted <= budget.device]
         host = min(near, key=lambda option: option.need.host)
         line = f"{text(budget.host)} of host memory are too little: {describe(host.setting)} {host.reason}"
     hints = []
@@ -248,6 +282,7 @@ NAMES = {
     "dial": "train.checkpointing",
     "optimizer": "train.optimizer",
     "micro_tokens": "train.micro_batch_tokens",
+    "keep": "train.keep_blocks",
 }
 """Where the configuration has what a plan chooses."""
 
@@ -258,6 +293,7 @@ def describe(setting: size.Setting) -> str:
         f"quant {setting.quant}",
         f"rows of {setting.micro_tokens:,} tokens",
         f"checkpointing {setting.dial}",
+        f"keep_blocks {setting.keep}" if setting.keep else "",
         f"{setting.optimizer}" if setting.optimizer != "adamw" else "",
         f"stream {setting.stream}" if setting.stream != "off" else "",
     ]

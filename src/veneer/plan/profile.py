@@ -53,16 +53,18 @@ class Op:
 class Block:
     """One repeated block. Bytes by tokens of a row, over what was there before the block:
 
-    `inputs` its hidden states, `kept` what eager autograd keeps of it, `compiled` what a compiler keeps, `forward_peak`
-    and `backward_peak` the most while it runs with all kept. `parcels` are a token's bytes of each tensor that eager
-    autograd saves, as often as it does.
-    `linears` are the sizes of its frozen matrices that quantisation takes, `other` the rest of its weights in numbers.
-    `heads` is heads times head width of the queries, `window` the tokens that attention looks back (None: all).
+    `inputs` its hidden states, `kept` what eager autograd keeps of it, `dear` what of that is dear to compute again,
+    `forward_peak` and `backward_peak` the most while it runs with all kept. `parcels` are a token's bytes of each tensor
+    that eager autograd saves, as often as it does.
+    `linears` are the sizes of its frozen matrices that quantisation takes, `other` the rest of its weights in numbers;
+    `beside` is what packing adds to them in numbers, and `groups` the sizes of the packed matrices that come of linears
+    of one input (`training.packing`). `heads` is heads times head width of the queries, `window` the tokens that
+    attention looks back (None: all).
     """
 
     inputs: Line
     kept: Line
-    compiled: Line
+    dear: Line
     parcels: tuple[float, ...]
     forward_peak: Line
     backward_peak: Line
@@ -72,6 +74,13 @@ class Block:
     other: int
     heads: int
     window: int | None
+    beside: int = 0
+    groups: tuple[int, ...] = ()
+
+    @property
+    def widest(self) -> float:
+        """A token's bytes of the widest tensor that is kept."""
+        return max(self.parcels, default=0.0)
 
     @property
     def numbers(self) -> int:
@@ -141,7 +150,7 @@ def profile_of(model: nn.Module, adapter: AdapterConfig, rows: Rows, name: str =
     blocks, like = repeated_blocks(model), alike(repeated_blocks(model))
     frozen = {i: _frozen(blocks[i]) for i in set(like)}
     traces = [trace(model, tokens, rows=rows) for tokens in TRACED]
-    made = {i: _block(at, i, traces, *frozen[i], _window(blocks[i])) for at, i in enumerate(traces[0].index)}
+    made = {i: _block(at, i, traces, *frozen[i], blocks[i]) for at, i in enumerate(traces[0].index)}
     tensors = list(bank.parameters("default").values())
     trained = [p for p in tensors if p.requires_grad]
     inside = sum(sum(linears) + other for linears, other in (frozen[i] for i in like))
@@ -203,7 +212,8 @@ def _ops(traces: list[Trace], *phases: str) -> tuple[Op, ...]:
     return tuple(made)
 
 
-def _block(at: int, index: int, traces: list[Trace], linears: tuple[int, ...], other: int, window: int | None) -> Block:
+def _block(at: int, index: int, traces: list[Trace], linears: tuple[int, ...], other: int, block: nn.Module) -> Block:
+    beside, groups = _packed(block, traces[0].groups[at])
     forward, backward = f"forward.{index}", f"backward.{index}"
 
     def kept(t: Trace) -> float:
@@ -213,7 +223,7 @@ def _block(at: int, index: int, traces: list[Trace], linears: tuple[int, ...], o
     return Block(
         inputs=_line(traces, lambda t: t.inputs[at]),
         kept=_line(traces, kept),
-        compiled=_line(traces, lambda t: t.compiled[at]),
+        dear=_line(traces, lambda t: t.dear[at]),
         parcels=tuple(size / traces[1].tokens for size in traces[1].parcels[at]),
         forward_peak=_line(traces, lambda t: t.phases[forward].peak - t.phases[forward].start),
         backward_peak=_line(traces, lambda t: t.phases[backward].peak - t.phases[forward].start),
@@ -222,8 +232,22 @@ def _block(at: int, index: int, traces: list[Trace], linears: tuple[int, ...], o
         linears=linears,
         other=other,
         heads=traces[0].heads[at],
-        window=window,
+        window=_window(block),
+        beside=beside,
+        groups=groups,
     )
+
+
+def _packed(block: nn.Module, groups: list[list[str]]) -> tuple[int, tuple[int, ...]]:
+    """What the matrices of `kernels.group` have besides the weights, and how large each is, in numbers."""
+    beside, sizes = 0, []
+    for names in groups:
+        layers = [block.get_submodule(name) for name in names]
+        rows, ranks = sum(layer.d_out for layer in layers), sum(layer.rank["default"] for layer in layers)
+        width = layers[0].d_in
+        sizes.append((rows + ranks) * (width + ranks))
+        beside += sizes[-1] - rows * width
+    return beside, tuple(sizes)
 
 
 def _ends(traces: list[Trace]) -> dict[str, Any]:

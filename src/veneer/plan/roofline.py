@@ -52,8 +52,8 @@ class Time:
         return asdict(self) | {"tokens_per_second": self.tokens_per_second}
 
 
-def of_ops(ops: Iterable[Op], tokens: int, rates: Rates, compiled: bool) -> float:
-    """Seconds of some operations on a row."""
+def of_ops(ops: Iterable[Op], tokens: int, rates: Rates, compiled: bool, graphs: bool = False) -> float:
+    """Seconds of some operations on a row. In a CUDA graph nothing waits for a kernel to be started."""
     (products, bandwidth), total, count = rates.of_layers, 0.0, 0
     for op in ops:
         flops, moved = op.flops(tokens), op.moved(tokens)
@@ -61,8 +61,10 @@ def of_ops(ops: Iterable[Op], tokens: int, rates: Rates, compiled: bool) -> floa
             moved *= constants.FUSED
         total += max(flops / products, moved / bandwidth)
         count += 1
-    starting = count * rates.call * (constants.COMPILED_CALLS if compiled else 1)
-    return max(total, starting) if rates.queued else total + starting
+    if not rates.queued:
+        return total + count * rates.call
+    calls = constants.COMPILED_CALLS if compiled else constants.EAGER_CALLS
+    return max(total, 0.0 if graphs else count * rates.call * calls)
 
 
 def attention(block: Block, tokens: int, sequence: int, rates: Rates) -> float:
@@ -110,9 +112,12 @@ def _turns(profile: Profile, block: Block, mode: str, setting: size.Setting, rat
     tokens, compiled = setting.micro_tokens, setting.compile
     seen = attention(block, tokens, setting.sequence, rates)
     float_copy = unpacking(block, setting.quant, profile.dtype_bytes, rates)
-    forward = of_ops(block.forward_ops, tokens, rates, compiled) + seen + float_copy
-    backward = of_ops(block.backward_ops, tokens, rates, compiled) + seen * constants.ATTENTION_BACKWARD + float_copy
-    return forward, backward + (forward if mode.startswith("recompute") else 0.0)
+    forward, backward = (
+        of_ops(ops, tokens, rates, compiled, setting.graphs) + seen * share + float_copy
+        for ops, share in ((block.forward_ops, 1), (block.backward_ops, constants.ATTENTION_BACKWARD))
+    )
+    again = constants.AGAIN_MIXED if mode == "mixed" else float(mode.startswith("recompute"))
+    return forward, backward + forward * again
 
 
 def _head(profile: Profile, setting: size.Setting, rates: Rates) -> float:
@@ -121,4 +126,4 @@ def _head(profile: Profile, setting: size.Setting, rates: Rates) -> float:
     products = 4 * tokens * profile.vocabulary * profile.hidden / rate
     passes = 3 if rates.queued else 9  # one compiled kernel, or one pass for each operation
     logits = passes * tokens * profile.vocabulary * profile.dtype_bytes / bandwidth
-    return of_ops(profile.head_ops, tokens, rates, False) + products + logits
+    return of_ops(profile.head_ops, tokens, rates, False, setting.graphs) + products + logits

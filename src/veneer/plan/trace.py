@@ -24,6 +24,8 @@ from transformers import AttentionInterface
 
 from veneer.adapter.attach import get_bank
 from veneer.adapter.blocks import repeated_blocks
+from veneer.adapter.calls import recorded
+from veneer.adapter.layers import AdaptedLinear
 from veneer.errors import BaseModelError
 
 ATTENTION = "veneer_plan"
@@ -35,7 +37,7 @@ IN_PLACE = {"addmm_": torch.ops.aten.addmm}
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "_grouped_mm"}
 
 
-ABOUT = ("compiled", "parcels", "inputs", "heads")
+ABOUT = ("dear", "parcels", "inputs", "heads", "groups")
 
 
 @dataclass
@@ -54,18 +56,19 @@ class Trace:
     """One step of T tokens through the blocks `index` of a model. Phases: embed, forward.N …, head, tail, backward.N …
 
     By block: `inputs`, the bytes of its hidden states; `parcels`, the bytes of each tensor that autograd saves, as often
-    as it does (what several operations save is sent to the host once for each); `compiled`, the bytes of what is kept
-    that a compiler keeps as well: in- and outputs of products and attention, and in place of a wider copy (a norm's
-    float32) the tensor that it was made of; `heads`, queries' heads times their width.
+    as it does (what several operations save is sent to the host once for each); `dear`, the bytes of what is kept and is
+    dear to compute again: outputs of products, what attention keeps, and of a norm's float32 copy the tensor that it was
+    made of; `heads`, queries' heads times their width; `groups`, the adapted linears that have one input.
     """
 
     tokens: int
     index: list[int]
     phases: dict[str, Phase]
-    compiled: list[int]
+    dear: list[int]
     parcels: list[list[int]]
     inputs: list[int]
     heads: list[int]
+    groups: list[list[list[str]]]
 
 
 class Tally(TorchDispatchMode):
@@ -108,7 +111,7 @@ class Tally(TorchDispatchMode):
         for t in outputs:
             self.add(t)
         if name in PRODUCTS:
-            for t in (*inputs, *outputs):
+            for t in outputs:
                 self.mark(t)
 
     def add(self, tensor: Tensor) -> None:
@@ -125,7 +128,7 @@ class Tally(TorchDispatchMode):
         self.live -= size
 
     def mark(self, tensor: Tensor) -> None:
-        """A compiler keeps this tensor, if anything of its kind is kept."""
+        """This tensor is dear to compute again."""
         if (found := self.known.get(tensor.untyped_storage())) is not None:
             found[2] = True
 
@@ -202,7 +205,7 @@ def trace(model: nn.Module, tokens: int, *, rows: Rows) -> Trace:
     taken = [p.register_post_accumulate_grad_hook(_drop) for p in bank.parameters("default").values()]
     index = sorted(set(alike(blocks)))
     for i, block in enumerate(blocks):
-        block.forward = _watched(block.forward, i, tally, about) if i in index else _through(about)
+        block.forward = _watched(block, i, tally, about) if i in index else _through(about)
     model.train()
     try:
         with _stand_in(model, tally, rows), tally:
@@ -257,8 +260,9 @@ def _through(about: dict[str, list]) -> Callable:
     return call
 
 
-def _watched(forward: Callable, index: int, tally: Tally, about: dict[str, list]) -> Callable:
+def _watched(block: nn.Module, index: int, tally: Tally, about: dict[str, list]) -> Callable:
     """A block's forward that tells the tally where it begins and ends, and later its backward."""
+    forward, linears = block.forward, {n: m for n, m in block.named_modules() if type(m) is AdaptedLinear}
 
     def call(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -272,14 +276,18 @@ def _watched(forward: Callable, index: int, tally: Tally, about: dict[str, list]
                 parcels.append(tensor.numel() * tensor.element_size())
             return tensor
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_tensors_hooks(pack, lambda tensor: tensor), recorded(linears) as calls:
             out = forward(*args, **kwargs)
         first = out if isinstance(out, Tensor) else out[0]
         first.grad_fn.register_prehook(lambda grads: tally.enter(f"backward.{index}"))  # a tensor's would hold it
         mine = [found for key, found in tally.storages().items() if key not in before]
         about["tuple"] = not isinstance(out, Tensor)
         about["inputs"].append(hidden.numel() * hidden.element_size())
-        about["compiled"].append(sum(_if_compiled(size, dtype, heavy, tally.dtype) for size, dtype, heavy in mine))
+        about["dear"].append(sum(_dear(size, dtype, heavy, tally.dtype) for size, dtype, heavy in mine))
+        groups: dict[int, list[str]] = {}
+        for name, number in calls:
+            groups.setdefault(number, []).append(name)
+        about["groups"].append(list(groups.values()))
         about["parcels"].append(parcels)
         about["heads"].append(tally.heads)
         tally.enter("head")
@@ -288,7 +296,8 @@ def _watched(forward: Callable, index: int, tally: Tally, about: dict[str, list]
     return call
 
 
-def _if_compiled(size: int, dtype: torch.dtype, heavy: bool, own: torch.dtype) -> int:
+def _dear(size: int, dtype: torch.dtype, heavy: bool, own: torch.dtype) -> int:
     if heavy:
         return size
-    return size * own.itemsize // dtype.itemsize if dtype.is_floating_point and dtype.itemsize > own.itemsize else 0
+    wide = dtype.is_floating_point and dtype.itemsize > own.itemsize
+    return size * own.itemsize // dtype.itemsize if wide else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from veneer.plan import constants
 from veneer.plan.fit import NAMES, Option, Plan, text
 
 PARTS = {
@@ -16,6 +17,7 @@ PARTS = {
     "work": "one block at work",
     "head": "logits of a chunk",
     "workspace": "cuBLAS",
+    "pool": "CUDA graphs",
     "slack": "allocator's reserve",
     "context": "CUDA itself",
 }
@@ -36,11 +38,15 @@ def _settings(options: list[Option]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("", "quant", "stream", "checkpointing", "optimizer"):
         table.add_column(name, no_wrap=True)
-    for name in ("row", "GB", "host GB", "s/step", "tokens/s"):
+    kept = any(option.setting.keep for option in options)
+    for name in (*["keep_blocks"] * kept, "row", "GB", "host GB", "s/step", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, option in enumerate(options):
         s, mark = option.setting, "→" if i == 0 else ""
-        table.add_row(mark, s.quant, s.stream, s.dial, s.optimizer, *_numbers(option), style=None if i else "bold")
+        more = [str(s.keep or "")] * kept
+        table.add_row(
+            mark, s.quant, s.stream, s.dial, s.optimizer, *more, *_numbers(option), style=None if i else "bold"
+        )
     return table
 
 
@@ -55,7 +61,8 @@ def _memory(plan: Plan) -> str:
     need, cuda = plan.chosen.need, plan.budget.cuda
     own = PARTS if cuda else PARTS | {"context": "Python and libraries", "slack": "malloc's reserve"}
     parts = [f"{name} {text(getattr(need, key))}" for key, name in own.items() if getattr(need, key) >= 5e5]
-    return f"memory: {' + '.join(parts)}; the peak is in {need.at}"
+    total = f"{text(need.total)}, with a margin of {constants.MARGIN:.0%} {text(plan.chosen.wanted)}"
+    return f"memory: {' + '.join(parts)} = {total}; the peak is in {need.at}"
 
 
 def _not_taken(plan: Plan) -> Table:

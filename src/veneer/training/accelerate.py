@@ -18,14 +18,17 @@ from veneer.adapter.blocks import repeated_blocks, spread
 from veneer.adapter.layers import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.compiling import compile_or_plain
+from veneer.kernels.devices import indexed
+from veneer.training.chunks import Chunked
 from veneer.training.packing import Packing, watch
 from veneer.training.store import SENT, Mode, Store, recomputing
 
 KEEP: dict[Mode, float] = {
-    "keep": 1.0, "selective": 0.85, "offload": 0.85, "mixed": 0.3, "recompute": 0.0, "recompute-offload": 0.0
+    "keep": 1.0, "selective": 0.9, "offload": 0.9, "mixed": 0.38, "recompute": 0.0, "recompute-offload": 0.0
 }  # fmt: skip
-"""The share that the compiler keeps on each setting. What mixed keeps of an 8B block takes as long over PCIe 5 as the
-block's forward pass takes on a Hopper GPU."""
+"""The share that the compiler keeps on each setting. In a Llama's or Qwen's block products and attention are up to 0.88 of
+what could be kept, the rest normalised inputs: with less for selective, attention would be computed again. What mixed
+keeps of an 8B block takes as long over PCIe 5 as the block's forward pass takes on a Hopper GPU."""
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -51,10 +54,11 @@ def draws_random(model: nn.Module) -> bool:
 class Accelerated:
     """A context in which a model's repeated blocks are compiled and keep what the dial says for the backward pass.
 
-    `modes` is one word of the dial (with `keep` as in `spread`), or a mode for each block. `dynamic` says that inputs differ in
-    length, `device` where it computes (absent: where its first parameter is), `packs` whether linears of one input may be
-    packed. Each block instance gets another `forward` while the context lasts; no class is changed. On Hopper GPUs
-    attention prefers cuDNN's kernels.
+    `modes` is one word of the dial (with `keep` as in `spread`), or a mode for each block. `dynamic` says that inputs
+    differ in length, `device` where it computes (absent: where its first parameter is), `packs` whether linears of one
+    input may be packed, `lean` is `compiling.backend`'s. Rows of more than `long` tokens (0: none) have their MLPs in
+    chunks, in blocks that recompute. Each block instance gets another `forward` while the context lasts; no class is
+    changed. On Hopper GPUs attention prefers cuDNN's kernels.
     """
 
     def __init__(
@@ -68,20 +72,23 @@ class Accelerated:
         note: Callable[[str], None] = print,
         device: torch.device | None = None,
         packs: bool = True,
+        lean: bool = False,
+        long: int = 0,
     ) -> None:
         self.blocks = repeated_blocks(model)
         self.modes = list(modes)
         if isinstance(modes, str):
             self.modes = spread(modes, len(self.blocks), keep, compiled=compile)
         self.compile, self.dynamic, self.note = compile, dynamic, note
-        self.device, self.random = device or next(model.parameters()).device, draws_random(model)
-        self.model, self.packing, self.packs = model, Packing(), packs
+        self.device, self.random = indexed(device or next(model.parameters()).device), draws_random(model)
+        self.model, self.packing, self.packs, self.lean = model, Packing(), packs, lean
+        self.long, self.chunked = long, Chunked(self.random, note)
         self.store = Store(model.parameters(), self.device)
         self._stack = ExitStack()
 
     def __enter__(self) -> Accelerated:
         for block, mode in zip(self.blocks, self.modes, strict=True):
-            block.forward = self._wrapped(block.forward, mode)
+            block.forward = self._wrapped(block, block.forward, mode)
         if self.compile and self.packs and self.blocks:
             self.blocks[0].forward = self._packing_first(self.blocks[0].forward)
         if self.device.type == "cuda":
@@ -89,11 +96,24 @@ class Accelerated:
             self._stack.enter_context(sdpa_kernel(BACKENDS if hopper else BACKENDS[1:], set_priority=True))
         return self
 
-    def _wrapped(self, forward: Callable, mode: Mode) -> Callable:
+    def _wrapped(self, block: nn.Module, forward: Callable, mode: Mode) -> Callable:
         call = recomputing(forward, self.random) if KEEP[mode] == 0 else forward
         if self.compile:
-            call = compile_or_plain(forward, keep=KEEP[mode], dynamic=self.dynamic, otherwise=call, note=self.note)
+            lean = self.lean or mode == "recompute-offload"  # it is there to save memory
+            options = {"keep": KEEP[mode], "lean": lean, "dynamic": self.dynamic, "note": self.note}
+            call = compile_or_plain(forward, otherwise=call, **options)
+        if self.long and KEEP[mode] == 0:
+            call = self._by_length(call, recomputing(self.chunked.block(block, forward), self.random))
         return self.store.offloading(call) if mode in SENT else call
+
+    def _by_length(self, short: Callable, long: Callable) -> Callable:
+        """`long` for rows of more than `self.long` tokens; it is not compiled: launching kernels is not what takes time."""
+
+        @wraps(short)
+        def call(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (long if hidden.shape[-2] > self.long else short)(hidden, *args, **kwargs)
+
+        return call
 
     def _packing_first(self, forward: Callable) -> Callable:
         """The first block's forward, which at its first call packs all blocks' linears that have one input."""
@@ -112,12 +132,13 @@ class Accelerated:
                 own(block, *args, **kwargs)
             self.packing.pack([b for b in self.blocks if type(b) is type(block)], groups)
             self.packing.refresh()
-            self.store.keep_out(self.model.parameters())
+            self.store.keep_out([*self.model.parameters(), *self.packing.tensors()])
             return forward(*args, **kwargs)
 
         return call
 
     def __exit__(self, *error: object) -> None:
+        self.store.start()
         self.packing.unpack()
         for block in self.blocks:
             block.__dict__.pop("forward", None)

@@ -59,7 +59,7 @@ def choose(config: TrainConfig, note: Note) -> tuple[TrainConfig, Plan | None]:
     if chosen != config:
         o = plan.chosen
         note(
-            f"chosen for {here.name}: {describe(o.setting)}; about {text(o.need.total)} and "
+            f"chosen for {here.name}: {describe(o.setting)}; about {text(o.need.total)} ({text(o.wanted)} with the margin) and "
             f"{o.time.tokens_per_second:,.0f} tokens/s (veneer plan says why)"
         )
     return chosen, plan
@@ -158,9 +158,10 @@ def ways_down(config: TrainConfig, plan: Plan | None, cuda: bool, longest: int) 
     dial, tokens = config.train.checkpointing, config.train.micro_batch_tokens
     if plan is not None and plan.steps_down:
         return [(o.setting.dial, o.setting.micro_tokens) for o in plan.steps_down]
+    first = [(dial, tokens)] if config.train.keep_blocks else []  # a step down keeps no blocks
     order = ["keep", "selective", "recompute"] + (["recompute-offload"] if cuda else [])
     at = order.index(dial) if dial in order else len(order) - (1 if cuda else 2)
-    found = [(other, tokens) for other in order[at + 1 :] if cuda or other != "selective"]
+    found = first + [(other, tokens) for other in order[at + 1 :] if cuda or other != "selective"]
     while tokens > longest and tokens > 16:
         tokens = max(longest, tokens // 2)
         found.append((found[-1][0] if found else dial, tokens))

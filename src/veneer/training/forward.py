@@ -21,6 +21,7 @@ from veneer.errors import BaseModelError
 from veneer.kernels import dispatch
 from veneer.kernels.attention import Layout, has_varlen, layout_attention, packed_attention
 from veneer.kernels.cross_entropy import CHUNK_BYTES
+from veneer.kernels.devices import indexed, sent
 from veneer.training.lower import Start
 
 ATTENTION = "veneer_packed"
@@ -84,7 +85,8 @@ class RowModel:
             raise BaseModelError(f"{type(model).__name__} has no output head: Veneer trains causal language models")
         self.model, self.head = model, Head.of(model)
         weight = next(model.parameters())
-        self.device, self.dtype = place or (weight.device, weight.dtype)
+        device, self.dtype = place or (weight.device, weight.dtype)
+        self.device = indexed(device)
         self.packing = packing and bool(getattr(model, "_supports_attention_backend", False))
         self.fast_head = True
         self.varlen = self.device.type == "cuda" and self.dtype in (torch.float16, torch.bfloat16) and has_varlen()
@@ -105,13 +107,14 @@ class RowModel:
 
         `start`: read these tokens in the row's place, which the model is made to turn into the row's on the way.
         """
+        return self.tensor_loss(*self.inputs(row, start), len(row.segments) > 1, reduction)
+
+    def inputs(self, row: Row, start: Start | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Layout | None]:
+        """A row on the device: token ids, positions, predictors, targets, and its layout where attention takes one."""
         read = row if start is None else start.row
-        tensors = tuple(
-            torch.from_numpy(part).to(self.device)
-            for part in (read.input_ids, read.position_ids, row.predictors, row.targets)
-        )
+        parts = (read.input_ids, read.position_ids, row.predictors, row.targets)
         layout = Layout.of(segments_of(read), self.device) if self.packing and self.varlen else None
-        return self.tensor_loss(*tensors, layout, len(row.segments) > 1, reduction)
+        return *(sent(torch.from_numpy(part), self.device) for part in parts), layout
 
     def tensor_loss(
         self,

@@ -63,12 +63,13 @@ class Gradients:
             return StreamedRows(self.setup.model, packing=train.pack != "off", **options)
         return Accelerated(self.setup.model, **options)
 
-    def _graphs(self) -> RowGraphs | None:
-        """CUDA graphs of rows, where a budget has room for what they hold besides; a streamed base has none."""
+    def _graphs(self, short: bool = False) -> RowGraphs | None:
+        """CUDA graphs of rows, where there is room for what they hold besides: the plan says so, and memory is not `short`.
+        A streamed base has none."""
         if self.streamed:
             return None
         train, plan = self.config.train, self.plan
-        if plan is not None and train.vram is not None and 2 * plan.chosen.need.total > plan.budget.device:
+        if short or (plan is not None and not plan.chosen.setting.graphs):
             train = train.model_copy(update={"cuda_graphs": "off"})
         return RowGraphs(self.rows, self.fast, train, self.note)
 
@@ -147,9 +148,20 @@ class Gradients:
         if self.streamed:
             self.fast.packing, self.fast.fast_head = before.packing, before.fast_head
             self.rows = self.fast
-        self.graphs = self._graphs()
+        self.graphs = self._graphs(short=True)
         del before
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
         self.fast.__enter__()
+
+
+def release(device: torch.device) -> None:
+    """Free what a step that failed in its midst left on the device.
+
+    Checkpoints' frames are cycles, and autograd's engine holds the graph of a backward pass that failed until the same
+    thread begins another.
+    """
+    for finish in (lambda: None, lambda: torch.zeros(1, device=device, requires_grad=True).sum().backward()):
+        finish()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ from veneer.adapter.attach import attach_blank, get_bank
 from veneer.adapter.init import COMPUTED
 from veneer.adapter.invocation import acting_tokens
 from veneer.adapter.report import AttachReport
+from veneer.base.host_embedding import embedding_to_host
 from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.data.pack import Row
@@ -160,6 +161,8 @@ class Trainer:
         if streamed:
             check_adapters(setup.model)
             setup.model.veneer_stream.settle()  # the adapter's factors were made beside the weights, on the host
+        elif self.config.train.embedding == "host":
+            embedding_to_host(setup.model)
         self.adalora = None
         if (adalora := self.config.adapter.adalora) is not None:
             self.adalora = AdaLora(bank, self.name, adalora, setup.total_steps(self.config.train), self.config.seed)

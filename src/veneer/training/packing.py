@@ -30,7 +30,8 @@ class PackedGroup:
     become views of the matrix; 4-bit ones stay as they are and the matrix is made of them when it is needed.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLinear], active: str) -> None:
+    def __init__(self, layers: Sequence[AdaptedLinear], active: str, matrix: Tensor | None = None) -> None:
+        """`matrix`: one that holds the weights already, in which they are put by others."""
         self.layers, self.active = list(layers), active
         self.sizes = tuple(layer.d_out for layer in layers)
         self.ranks = tuple(layer.rank[active] for layer in layers)
@@ -46,11 +47,13 @@ class PackedGroup:
             self.source = (side, bottom, *_four_bit_parts([layer.base_layer for layer in layers]))
             self.views = factor_views(side, bottom, self.sizes, self.ranks)
         else:
-            matrix = torch.zeros(rows, columns, device=device, dtype=dtype)
+            self.own = matrix is None
+            matrix = torch.zeros(rows, columns, device=device, dtype=dtype) if self.own else matrix
             self.source = (matrix,)
-            places = parts(matrix, self.sizes, self.ranks)
+            # `.data`: autograd does not see when factors are written between a forward and a backward pass
+            places = parts(matrix.data, self.sizes, self.ranks)
             self.views = [(a, b) for _, a, b in places]
-            for layer, (place, _, _) in zip(layers, places):
+            for layer, (place, _, _) in zip(layers, places if self.own else ()):
                 place.copy_(layer.base_layer.weight.detach())
                 layer.base_layer.weight.data = place
         for index, layer in enumerate(layers):
@@ -59,7 +62,7 @@ class PackedGroup:
     def unpack(self) -> None:
         """Give each linear a weight of its own again."""
         for layer in self.layers:
-            if not self.four_bits:
+            if not self.four_bits and self.own:
                 layer.base_layer.weight.data = layer.base_layer.weight.detach().contiguous()
             layer.packed = None
 
@@ -100,7 +103,7 @@ class Packing:
         for block in blocks:
             for group in names:
                 layers = [block.get_submodule(name) for name in group]
-                active = _common_adapter(layers)
+                active = common_adapter(layers)
                 if active is not None:
                     self.groups.append(PackedGroup(layers, active))
 
@@ -123,6 +126,10 @@ class Packing:
             [*[1.0] * len(views), *scaling],
         )
 
+    def tensors(self) -> list[Tensor]:
+        """All that the groups' products read."""
+        return [tensor for group in self.groups for tensor in (*group.source, group.scaling)]
+
     def unpack(self) -> None:
         """Undo it all."""
         for group in self.groups:
@@ -130,7 +137,7 @@ class Packing:
         self.groups.clear()
 
 
-def _common_adapter(layers: Sequence[Any]) -> str | None:
+def common_adapter(layers: Sequence[Any]) -> str | None:
     """The one adapter that acts in all these layers as a plain LoRA over a frozen weight that can be packed; or None."""
     names, kinds = set(), set()
     for layer in layers:

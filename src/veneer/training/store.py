@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from veneer.kernels.devices import indexed
+
 Mode = Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"]
 """What a block keeps. keep: all that saves work. selective: what is dear to compute again (products, attention).
 recompute: its input alone. recompute-offload: its input, in host memory. offload: what selective keeps, in host memory,
@@ -47,8 +49,8 @@ class Host:
     AHEAD = 2
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = indexed(device)
+        self.stream = torch.cuda.Stream(self.device) if device.type == "cuda" else None
         self.free: dict[int, list[Tensor]] = {}
         self.groups: list[list[Parcel]] = []
         """The parcels of each block of this forward pass, in order; taken from the end in the backward pass."""

@@ -29,12 +29,17 @@ from veneer.errors import BaseModelError, ConfigError
 from veneer.kernels import dispatch
 from veneer.kernels.streamed_head import streamed_cross_entropy
 from veneer.training.accelerate import Accelerated
+from veneer.training.arriving import Arriving
+from veneer.training.chunks import LONG
 from veneer.training.forward import RowModel
+from veneer.training.lower import Start
 from veneer.training.packing import watch
 from veneer.training.store import Mode
 
 EVAL_TOKENS = 16384
 """Tokens that an evaluation takes through the blocks at once."""
+HEAD_ROWS = 8192
+"""Positions of several rows that go through a head in pieces at once: each piece is copied once for all of them."""
 
 
 class _AtLastBlock(Exception):
@@ -80,17 +85,22 @@ class StreamedRows(RowModel):
         modes = "recompute" if modes == "keep" else modes
         self.fast = Accelerated(
             model, modes=modes, keep=keep, compile=compile, dynamic=dynamic, note=note, device=self.base.device,
-            packs=False,  # a packed matrix of every block would stay on the device
+            packs=False,  # a packed matrix of every block would stay on the device: see `_pack`
+            lean=True, long=LONG,
         )  # fmt: skip
-        slots = [*self.base.conveyor.slots, self.base.conveyor.cast]
-        self.fast.store.frozen |= {slot.untyped_storage().data_ptr() for slot in slots if slot.numel()}
+        self._keep_out()
         self.blocks, self.last = self.base.modules, len(self.base.modules) - 1
         trained = [any(p.requires_grad for p in block.parameters()) for block in self.blocks]
         self.lowest = trained.index(True)
         self._noted: list[tuple[tuple, dict]] | None = None
         self._first: Tensor | None = None
         self._final: Tensor | None = None
+        self._ids: Tensor | None = None
+        self._for_head: list[tuple[Tensor, Tensor]] | None = None
+        """Hidden states and targets of rows that go through the head together, while they are collected."""
+        self._inputs: dict[int, tuple] = {}
         self._packed = False
+        self.arriving: Arriving | None = None
         self._seed = torch.zeros(0, device=self.device, requires_grad=True)
 
     def __enter__(self) -> StreamedRows:
@@ -105,6 +115,9 @@ class StreamedRows(RowModel):
 
     def __exit__(self, *error: object) -> None:
         self.fast.__exit__(*error)
+        if self.arriving is not None:
+            self.arriving.close()
+            self.arriving = None
         self.base.install()
 
     def start(self) -> None:
@@ -113,7 +126,8 @@ class StreamedRows(RowModel):
     def check(self, examples: Sequence[TokenizedExample], required: bool = False) -> None:
         """As `RowModel.check`, and that the blocks come one after the other. `BaseModelError` where they do not."""
         with self:
-            self.calls = [partial(type(block).forward, block) for block in self.blocks]  # nothing is compiled for it
+            self.calls = [partial(type(block).forward, block) for block in self.blocks]
+            self._packed = True  # nothing is compiled for it, so nothing is to be packed
             super().check(examples, required)
         if not self.fast_head:
             raise BaseModelError(
@@ -151,21 +165,23 @@ class StreamedRows(RowModel):
         return (hidden, *[None] * (self.base.tuples[i] - 1)) if i in self.base.tuples else hidden
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self.base.lookup(ids) if self._final is None else self._final.detach()
+        return self.base.lookup(ids, self._ids) if self._final is None else self._final.detach()
 
     def _head_loss(self, hidden: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
         bias, options = output_head(self.model).bias, {"softcap": self.head.softcap, "logit_scale": self.head.scale}
+        if self._for_head is not None:
+            self._for_head.append((hidden, targets))
+            return hidden.new_zeros(())
+        options["reduction"] = reduction
         if len(self.base.head.blocks) > 1:
-            if reduction != "sum":
-                raise ConfigError("a streamed head gives a row's summed loss, not one for each token: use stream: off")
             return streamed_cross_entropy(hidden, self.base.head_pieces, bias, targets, **options)
         with self.base.head.use(0) as (weight,):
-            return dispatch.linear_cross_entropy(hidden, weight, bias, targets, reduction=reduction, **options)
+            return dispatch.linear_cross_entropy(hidden, weight, bias, targets, **options)
 
     @torch.no_grad()
     def _note(self, row: Row) -> tuple[list[tuple[tuple, dict]], Tensor]:
         """With what the model calls each block for this row, and the first hidden states."""
-        self._noted = []
+        self._noted, self._ids = [], torch.from_numpy(row.input_ids)
         try:
             with self.row(row):
                 pass
@@ -173,49 +189,78 @@ class StreamedRows(RowModel):
             pass
         finally:
             noted, first = self._noted, self._first
-            self._noted = self._first = None
+            self._noted = self._first = self._ids = None
         return noted, first
 
-    def _after(self, row: Row, hidden: Tensor) -> Tensor:
-        """The row's loss from the last block's output on."""
-        self._final = hidden
+    def _after(self, rows: Sequence[Row], hidden: Sequence[Tensor]) -> list[Tensor]:
+        """The rows' losses from the last block's output on. A head in pieces comes once for all of them."""
+        self._for_head = [] if len(rows) > 1 else None
+        losses = []
         try:
-            return self.loss(row)
+            for row, self._final in zip(rows, hidden, strict=True):
+                with self.in_force(row):
+                    losses.append(self.loss(row))
+            found = self._for_head
         finally:
-            self._final = None
+            self._final = self._for_head = None
+        if found is None:
+            return losses
+        states, targets = zip(*found)
+        parts = self._head_loss(torch.cat(states), torch.cat(targets), "none").split([len(t) for t in targets])
+        return [part.sum() for part in parts]
 
-    def _first_blocks(self, rows: Sequence[Row]) -> tuple[list[list[tuple[tuple, dict]]], list[Tensor]]:
+    def _together(self, rows: Sequence[Row]) -> list[range]:
+        """Which rows go through the head at once: those of `HEAD_ROWS` positions, if it comes in pieces."""
+        found, start, count = [], 0, 0
+        for r, row in enumerate(rows):
+            count += len(row.targets)
+            if r > start and (count > HEAD_ROWS or len(self.base.head.blocks) == 1 or not self.fast_head):
+                found.append(range(start, r))
+                start, count = r, len(row.targets)
+        return [*found, range(start, len(rows))] if rows else []
+
+    def inputs(self, row: Row, start: Start | None = None) -> tuple:
+        """As `RowModel.inputs`, made once for a step."""
+        if start is not None:
+            return super().inputs(row, start)
+        if id(row) not in self._inputs:
+            self._inputs[id(row)] = row, super().inputs(row)
+        return self._inputs[id(row)][1]
+
+    def _prepare(self, row: Row) -> None:
+        """Before the first block's turn: what is known of the model after its first call, and up-to-date factors."""
+        self._inputs.clear()
         if not self.base.seen:
-            ids = rows[0].input_ids[:8]
+            ids = row.input_ids[:8]
             with self._quiet(), torch.no_grad():
                 self._whole(self.pack([TokenizedExample(ids, np.ones(len(ids), bool))], 8, False)[0])
-        calls, hidden = zip(*map(self._note, rows))
         if self.fast.compile and not self._packed:
-            with self.in_force(rows[0]):
-                self._pack(hidden[0], *calls[0][0])
-        return list(calls), list(hidden)
+            calls, hidden = self._note(row)
+            with self.in_force(row):
+                self._pack(hidden, *calls[0])
+        self.fast.start()
 
     @torch.no_grad()
     def _pack(self, hidden: Tensor, args: tuple, kwargs: dict) -> None:
-        """As `Accelerated` does for compiled blocks, the 4-bit linears alone: a float matrix would stay on the device.
-
-        What is kept of the packed weights are views of the buffer that a block is always brought to.
-        """
+        """As `Accelerated` does for compiled blocks; float matrices in the one buffer that blocks are computed from."""
         self._packed, first = True, self.blocks[0]
         with self.base.conveyor.use(0), fork_rng([self.device] if self.device.type == "cuda" else []):
             with watch(first) as names:
                 type(first).forward(first, hidden, *args, **kwargs)
-        for i, block in enumerate(self.blocks):
-            four_bits = [
-                group
-                for group in names
-                if group and type(block) is type(first)
-                if quantised.method(block.get_submodule(group[0]).base_layer) in ("nf4", "fp4")
-            ]
+        alike = [block if type(block) is type(first) else None for block in self.blocks]
+        self.arriving = Arriving(self.base.conveyor, alike, names)
+        for i, block in enumerate(alike):
+            four_bits = [group for group in names if block is not None and _four_bits(block, group)]
             if four_bits:
                 with self.base.conveyor.use(i, range(i + 1, len(self.blocks))):
                     self.fast.packing.pack([block], four_bits)
-        self.fast.packing.refresh()
+        self._keep_out()
+
+    def _keep_out(self) -> None:
+        """What blocks save of their weights stays where it is."""
+        slots = [*self.base.conveyor.slots, self.base.conveyor.cast]
+        stay = [*self.model.parameters(), *self.fast.packing.tensors(), *slots]  # what arrives packed is in a slot
+        self.fast.store.keep_out(tensor for tensor in stay if tensor.numel())
 
     def losses(self, rows: Sequence[Row]) -> Iterator[Tensor]:
         """The loss of each row, without gradients."""
@@ -230,7 +275,8 @@ class StreamedRows(RowModel):
 
     @torch.no_grad()
     def _losses(self, rows: Sequence[Row]) -> list[Tensor]:
-        calls, hidden = self._first_blocks(rows)
+        self._prepare(rows[0])
+        calls, hidden = (list(found) for found in zip(*map(self._note, rows)))
         for i, call in enumerate(self.calls):
             with self.base.conveyor.use(i, range(i + 1, len(self.calls))):
                 for r, row in enumerate(rows):
@@ -238,9 +284,8 @@ class StreamedRows(RowModel):
                     with self.in_force(row):
                         hidden[r] = _hidden(call(hidden[r], *args, **kwargs))
         losses = []
-        for r, row in enumerate(rows):
-            with self.in_force(row):
-                losses.append(self._after(row, hidden[r]))
+        for part in self._together(rows):
+            losses += self._after([rows[r] for r in part], [hidden[r] for r in part])
         return losses
 
     def backward(
@@ -251,24 +296,19 @@ class StreamedRows(RowModel):
         Rows are taken backwards in the forward pass, so that the backward pass has them in order, as on a resident base,
         and what was sent to the host last is brought back first.
         """
-        self.fast.start()
-        calls, hidden = self._first_blocks(rows)
-        tape: dict[int, list[tuple[GradientEdge, list[Tensor]]]] = {}
+        self._prepare(rows[0])
+        calls, hidden, tape = [None] * len(rows), [None] * len(rows), {}
         for i in range(len(self.blocks)):
             if stop():
                 return None
+            kept: list[tuple[GradientEdge, list[Tensor]] | None] = []
             with self.base.conveyor.use(i, range(i + 1, len(self.blocks))):
-                kept = [self._forward(i, row, hidden, r, calls[r]) for r, row in reversed(list(enumerate(rows)))]
+                for r in reversed(range(len(rows))):
+                    if i == 0:  # row by row: the host looks up the next row's embeddings while the GPU computes
+                        calls[r], hidden[r] = self._note(rows[r])
+                    kept.append(self._forward(i, rows[r], hidden, r, calls[r]))
             tape[i] = kept[::-1]
-        losses, grads = [], []
-        for r, row in enumerate(rows):
-            final = hidden[r].requires_grad_()
-            hidden[r] = None
-            with self.in_force(row):
-                loss = self._after(row, final)
-                (loss / supervised).backward()
-            losses.append(loss.detach())
-            grads.append(final.grad)
+        losses, grads = self._head_backward(rows, hidden, supervised)
         for i in range(self.last, self.lowest - 1, -1):
             if stop():
                 return None
@@ -281,6 +321,20 @@ class StreamedRows(RowModel):
                     grads[r] = box.pop() if box else None
                     del edge
         return losses
+
+    def _head_backward(
+        self, rows: Sequence[Row], hidden: list[Tensor | None], supervised: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(the loss of each row, the gradient of its last hidden states); empties `hidden`."""
+        losses, grads = [], []
+        for part in self._together(rows):
+            final = [hidden[r].requires_grad_() for r in part]
+            hidden[part.start : part.stop] = [None] * len(part)
+            found = self._after([rows[r] for r in part], final)
+            torch.autograd.backward([loss / supervised for loss in found])
+            losses += [loss.detach() for loss in found]
+            grads += [f.grad for f in final]
+        return losses, grads
 
     def _forward(
         self, i: int, row: Row, hidden: list[Tensor], r: int, calls: list[tuple[tuple, dict]]
@@ -295,6 +349,10 @@ class StreamedRows(RowModel):
             out = _hidden(self.calls[i](x, *args, **kwargs))
         hidden[r] = out.detach()
         return (get_gradient_edge(out), box) if i >= self.lowest else None
+
+
+def _four_bits(block: nn.Module, group: Sequence[str]) -> bool:
+    return bool(group) and quantised.method(block.get_submodule(group[0]).base_layer) in ("nf4", "fp4")
 
 
 def _hidden(out: Any) -> Tensor:
