@@ -172,7 +172,7 @@ def wait(o: argparse.Namespace) -> None:
 
 def throughput(bench: Bench, count: int) -> dict[str, Any]:
     bench.place(count)
-    bench.mixed(count, 4)  # captures what is not captured yet
+    bench.mixed(0, bench.o.new), bench.mixed(count, bench.o.new)  # all there is to capture, compile and allocate
     base, mixed = [], []
     for shift in range(bench.o.repeats):
         base.append(bench.mixed(0, bench.o.new))
@@ -204,7 +204,8 @@ def cold(bench: Bench) -> dict[str, Any]:
         other = bench.registry._names[name]
         other.host, other.hash = None, content.hash  # as the tier below host leaves it; read from a0's files
         disk.append(bench.first_token(name))
-    busy = [bench.ask(n, f"a{n % bench.most}", bench.o.new) for n in range(bench.o.slots // 2)]
+    there = [name for name, content in bench.registry._names.items() if content.on_device]
+    busy = [bench.ask(n, there[n % len(there)], bench.o.new) for n in range(bench.o.slots // 2)]
     under_load = {"warm": bench.first_token("a0"), "cold": bench.first_token(f"a{bench.most + 8}")}
     for ticket in busy:
         list(ticket)
@@ -212,6 +213,19 @@ def cold(bench: Bench) -> dict[str, Any]:
     figures |= {f"{key}_under_load": value for key, value in under_load.items()}
     return {f"first_token_ms_{key}": round(value, 2) for key, value in figures.items()} | {
         "cold_minus_warm_ms": round(figures["host"] - figures["warm"], 2)
+    }
+
+
+def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the targets are about: shares of base-only throughput, tokens' pace with many adapters over few, a cold start."""
+    ran = {case["adapters"]: case for case in cases if "adapters" in case}
+    pace = [ran[count]["ms_between_tokens"] for count in sorted(ran) if count >= 8]
+    cold = [case["cold_minus_warm_ms"] for case in cases if "cold_minus_warm_ms" in case]
+    return {
+        "share_of_base": {count: case["share_of_base"] for count, case in ran.items()},
+        "step_share_of_base": {count: case["step_share_of_base"] for count, case in ran.items()},
+        "ms_between_tokens_most_over_8": round(pace[-1] / pace[0], 3) if len(pace) > 1 else None,
+        "cold_minus_warm_ms": cold[0] if cold else None,
     }
 
 
@@ -250,7 +264,8 @@ def main() -> None:
         bench = Bench(o, Path(folder))
         note({"case": "ready", "adapter_mib": round(bench.registry.info("a0").bytes / 2**20, 1)})
         jobs = [(f"{count} adapters", lambda count=count: throughput(bench, count)) for count in o.counts]
-        for case, job in [*jobs, ("cold", lambda: cold(bench))]:
+        jobs.insert(max(1, len(jobs) - 1), ("cold", lambda: cold(bench)))  # the most adapters take longest to bring
+        for case, job in jobs:
             if time.perf_counter() - began > o.limit_seconds:
                 note({"case": case, "error": "no time left"})
                 continue
@@ -258,6 +273,7 @@ def main() -> None:
                 note({"case": case} | job())
             except Exception as error:  # the other cases are wanted all the same
                 note({"case": case, "error": f"{type(error).__name__}: {error}"[:500]})
+        note({"case": "summary"} | summary(record["cases"]))
         if o.device.startswith("cuda"):
             note({"case": "memory", "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
                   "graphs": getattr(bench.engine.runner, "captures", None)})  # fmt: skip

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from serve.served import Alone, ask, engine_of, read, write
-from serve.test_grouped import factors, loops, served_inputs
+from serve.test_grouped import check_neighbours, check_update, factors, loops, served_inputs
 
 from conftest import CORPUS, tiny_llama
 from veneer.kernels import grouped, served
@@ -17,15 +17,26 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 @DTYPES
-@pytest.mark.parametrize("d_in, d_out, rank", [(252, 507, 16), (4096, 1024, 64), (14336, 4096, 16)])
-def test_shrink_and_expand_are_their_twins(dtype, d_in, d_out, rank):
-    x, A, B, y, where, weights = served_inputs(dtype, "cuda", d_in=d_in, d_out=d_out, rank=rank)
-    got, twin, before = y.clone(), y.clone(), y.clone()
-    served.expand(served.shrink(x, A, where), B, where, weights, rank, got)
-    served.expand_twin(served.shrink_twin(x, A, where), B, where, weights, rank, twin)
+@pytest.mark.parametrize("uses", [1, 3])
+@pytest.mark.parametrize(
+    "d_in, d_outs, rank",
+    [(252, (507, 64), 16), (4096, (4096, 1024, 1024), 16), (1024, (512,), 64), (14336, (4096,), 16)],
+)
+def test_shrink_and_expand_are_their_definition_and_their_twins(dtype, d_in, d_outs, rank, uses):
+    inputs = served_inputs(dtype, "cuda", rows=64, uses=uses, d_in=d_in, d_outs=d_outs, rank=rank, places=20)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    assert (got.float() - twin.float()).abs().max() <= tolerance * twin.float().abs().max()
-    assert torch.equal(got[1], before[1])
+    got = check_update(tolerance, *inputs)
+    x, A, B, y, tiles, weights, _ = inputs
+    twin = [t.clone() for t in y]
+    served.expand_twin(served.shrink_twin(x, A, tiles), B, tiles, weights, twin)
+    for mine, other in zip(got, twin):
+        assert (mine.float() - other.float()).abs().max() <= tolerance * other.float().abs().max()
+
+
+@DTYPES
+@pytest.mark.parametrize("uses", [1, 2])
+def test_a_row_does_not_depend_on_who_shares_its_tile(dtype, uses):
+    check_neighbours(*served_inputs(dtype, "cuda", rows=64, uses=uses, d_in=4096, d_outs=(1024, 256, 256)))
 
 
 @DTYPES

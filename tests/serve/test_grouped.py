@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.kernels import dispatch, grouped, reference, served
+from veneer.kernels.served import ROWS
 from veneer.serve.pool import Stack
 from veneer.serve.routing import Rows, Segments, plan_rows
 
@@ -91,41 +96,78 @@ def test_every_plan_gives_each_row_its_adapters_and_leaves_the_base_alone(rows):
         assert plans.pop(0) is None
     for plan in plans:
         hidden = plan.shrink(x, s)
-        for part, y in enumerate(base):
+        outputs = [y.clone() for y in base]
+        plan.expand(hidden, s, outputs)
+        for part, (y, got) in enumerate(zip(base, outputs)):
             truth = y.double().clone()
             for n, row in enumerate(rows):
                 for place, weight in row:
                     a, b = s.A[place, :, 4 * part : 4 * part + 4].double(), s.B[part][place].double()
                     truth[n] += weight * (x[n].double() @ a @ b)
-            got = y.clone()
-            plan.expand(hidden, s.B[part], part, got)
             assert (got - truth).abs().max() <= 1e-5 * truth.abs().max()
             plain = [n for n, row in enumerate(rows) if not row]
             assert torch.equal(got[plain], y[plain])
 
 
-def served_inputs(dtype, device="cpu", rows=5, stacked=3, d_in=252, d_out=507, rank=16, places=4):
+def served_inputs(dtype, device="cpu", rows=37, uses=3, d_in=252, d_outs=(507, 64), rank=16, places=4, most=ROWS + 2):
+    """x, A, each target's B and y, tiles, weights, and each row's places; the first `most` rows use place 2 alone."""
     g = torch.Generator().manual_seed(0)
-    where = torch.randint(0, places, (rows, stacked), generator=g)
-    where[1], where[0, 1:] = -1, -1
-    numbers = torch.randn(rows, d_in, generator=g), torch.randn(places, d_in, 3 * rank, generator=g)
-    numbers += torch.randn(places, rank, d_out, generator=g), torch.randn(rows, d_out, generator=g)
-    x, A, B, y = (t.to(device, dtype) for t in numbers)
-    return x, A, B, y, where.to(device), torch.rand(rows, stacked, generator=g).to(device)
+    counts = torch.randint(0, uses + 1, (rows,), generator=g).tolist()
+    where = [torch.randint(0, places, (count,), generator=g).tolist() for count in counts]
+    where[:most], where[-1] = [[2]] * most, []
+    x, A = torch.randn(rows, d_in, generator=g), torch.randn(places, d_in, len(d_outs) * rank, generator=g)
+    B = [torch.randn(places, rank, o, generator=g).to(device, dtype) for o in d_outs]
+    y = [torch.randn(rows, o, generator=g).to(device, dtype) for o in d_outs]
+    weights, tiles = torch.rand(rows, uses, generator=g).to(device), tiles_of(where, uses).to(device)
+    return x.to(device, dtype), A.to(device, dtype), B, y, tiles, weights, where
+
+
+def tiles_of(where, uses):
+    return torch.tensor(served.tile_rows(where, uses)).view(uses, len(where), 1 + ROWS)
+
+
+def check_update(tolerance, *inputs):
+    """Shrink and expand together are Σ w B A x in float64, and leave rows without an adapter as they were."""
+    x, A, B, y, tiles, weights, where = inputs
+    got, rank = [t.clone() for t in y], B[0].shape[1]
+    served.expand(served.shrink(x, A, tiles), B, tiles, weights, got)
+    for part, (before, after, b) in enumerate(zip(y, got, B)):
+        truth = before.double().clone()
+        for n, places in enumerate(where):
+            for use, place in enumerate(places):
+                a = A[place, :, part * rank : (part + 1) * rank].double()
+                truth[n] += weights[n, use].double() * (x[n].double() @ a @ b[place].double())
+        assert (after - truth).abs().max() <= tolerance * truth.abs().max()
+        plain = [n for n, places in enumerate(where) if not places]
+        assert plain and torch.equal(after[plain], before[plain])
+    return got
+
+
+def check_neighbours(*inputs):
+    """A row's result is the same to the last bit when it is alone, and when others share its tile."""
+    x, A, B, y, tiles, weights, where = inputs
+    among = [t.clone() for t in y]
+    served.expand(served.shrink(x, A, tiles), B, tiles, weights, among)
+    for kept in (0, 5, ROWS + 1, len(where) - 2):
+        own = tiles_of([places if n == kept else [] for n, places in enumerate(where)], tiles.shape[0]).to(x.device)
+        alone = [t.clone() for t in y]
+        served.expand(served.shrink(x, A, own), B, own, weights, alone)
+        assert all(torch.equal(one[kept], all_[kept]) for one, all_ in zip(alone, among))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(0, 3), max_size=3), min_size=1, max_size=40))
+def test_tiles_hold_each_use_once_and_the_full_ones_come_first(rows):
+    tiles = tiles_of(rows, 3)
+    assert [[place for place in places if place >= 0] for places in served.places_of(tiles, len(rows)).tolist()] == rows
+    assert (tiles[..., 1:] >= 0).sum() == sum(map(len, rows))
+    assert all(((t[:, 0] >= 0) == (t[:, 1] >= 0)).all() for t in tiles)
+    assert all((t[:-1, 0] >= 0).ge(t[1:, 0] >= 0).all() for t in tiles)
 
 
 def test_the_twins_of_the_served_step_are_its_definition():
     """Shrink and expand together are Σ w B A x; attention over slots is softmax over each slot's own keys."""
-    x, A, B, y, where, weights = served_inputs(torch.float32)
-    out = y.clone()
-    served.expand_twin(served.shrink_twin(x, A, where), B, where, weights, 16, out)
-    truth = y.double().clone()
-    for b in range(5):
-        for u in range(3):
-            if (n := int(where[b, u])) >= 0:
-                truth[b] += float(weights[b, u]) * (x[b].double() @ A[n, :, 16:32].double() @ B[n].double())
-    assert (out - truth).abs().max() <= 1e-5 * truth.abs().max()
-    assert torch.equal(out[1], y[1])
+    check_update(1e-5, *served_inputs(torch.float32))
     q, keys, values = torch.randn(3, 2, 4, 8), torch.randn(4, 2, 30, 8), torch.randn(4, 2, 30, 8)
     slots, positions = torch.tensor([2, 0, 3]), torch.tensor([0, 29, 11])
     for window in (None, 5):
@@ -135,6 +177,27 @@ def test_the_twins_of_the_served_step_are_its_definition():
             k, v = keys[slot, :, first : position + 1].double(), values[slot, :, first : position + 1].double()
             p = (torch.einsum("kgd,kcd->kgc", q[b].double(), k) * 0.3).softmax(-1)
             assert (got[b] - torch.einsum("kgc,kcd->kgd", p, v)).abs().max() < 1e-5
+
+
+INTERPRETED = """
+import torch
+from test_grouped import check_neighbours, check_update, served_inputs
+from veneer.kernels import served
+
+assert served._runs(torch.empty(1))
+for sizes in ({}, {"rank": 64, "d_outs": (70,), "uses": 1}, {"rank": 32, "d_outs": (48, 80, 33, 70), "d_in": 1000}):
+    check_update(1e-5, *served_inputs(torch.float32, **sizes))
+check_update(2e-3, *served_inputs(torch.float16))
+check_neighbours(*served_inputs(torch.float32, uses=2))
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_of_the_served_step_interpreted(monkeypatch):
+    """In float32 and float16: the interpreter has no products of bfloat16."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", ":".join([*sys.path, str(__file__).rsplit("/", 1)[0]]))
+    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, timeout=120)
 
 
 def test_linear_routes_through_the_fast_path():

@@ -1,13 +1,17 @@
 """Triton kernels of a served decoding step: each row's adapters, and attention over slots. All shapes are fixed.
 
-They read what to do (places, slots, positions) from device memory, so that a captured CUDA graph of a step serves any
-adapters and any lengths. Their definitions in plain torch are `shrink_twin`, `expand_twin` and `attend_twin`.
+They read what to do (tiles, slots, positions) from device memory, so that a captured CUDA graph of a step serves any
+adapters and any lengths. A tile is a place of the pool and up to 16 rows that use it: its factors are read once for all
+of them, and a row's sums have one order whatever else is in its tile. Their definitions in plain torch are
+`shrink_twin`, `expand_twin` and `attend_twin`.
 
 Legend: B rows, U uses (adapters a row may stack), I input width, O output width, R rank, W = targets of a group · R,
 P places, N splits of a sum, S slots, C context, K key heads, G queries of a key head, D head width.
 """
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,8 +26,24 @@ except ImportError:
         constexpr = int
 
 
-TILE = 4096
-"""Factors that one program holds at a time."""
+ROWS = 16
+"""Rows of one adapter that a program takes together: the least that a product on tensor cores has."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How the work is cut into programs. `share` bytes of A a program, `stage` bytes of a factor at a time."""
+
+    share: int = 32768
+    stage: int = 16384
+    columns: int = 256
+    """Outputs of an expand's program."""
+    shrink_warps: int = 4
+    expand_warps: int = 4
+    stages: int = 3
+
+
+SIZES = Sizes()
 
 
 def _jit(function):
@@ -31,41 +51,54 @@ def _jit(function):
 
 
 @_jit
-def _shrink(x, A, places, hidden, rows, I, W, USES: tl.constexpr, SPLIT: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr):  # fmt: skip # noqa: E501
-    entry, split = tl.program_id(0), tl.program_id(1)
-    place = tl.load(places + entry).to(tl.int64)
+def _shrink(x, A, tiles, hidden, entries, rows, I, W, SHARE: tl.constexpr, M: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr):  # fmt: skip # noqa: E501
+    tile, split = tl.program_id(0), tl.program_id(1)  # tile counts uses and their tiles
+    place = tl.load(tiles + tile * (M + 1)).to(tl.int64)
     if place >= 0:
-        row = (entry // USES).to(tl.int64)
-        w = tl.arange(0, BW)
-        total = tl.zeros((BW,), tl.float32)
-        for start in range(0, SPLIT, BI):
-            i = split * SPLIT + start + tl.arange(0, BI)
-            v = tl.load(x + row * I + i, mask=i < I, other=0.0).to(tl.float32)
-            inside = (i[:, None] < I) & (w[None, :] < W)
-            a = tl.load(A + place * I * W + i[:, None] * W + w[None, :], mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(v[:, None] * a, 0)
-        tl.store(hidden + (split * rows * USES + entry).to(tl.int64) * W + w, total, mask=w < W)
+        row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)
+        there, w = row >= 0, tl.program_id(2) * BW + tl.arange(0, BW)
+        total = tl.zeros((M, BW), tl.float32)
+        for start in range(0, SHARE, BI):
+            i = split * SHARE + start + tl.arange(0, BI)
+            seen, inside = there[:, None] & (i[None, :] < I), (i[:, None] < I) & (w[None, :] < W)
+            v = tl.load(x + row[:, None] * I + i[None, :], mask=seen, other=0.0)
+            a = tl.load(A + place * I * W + i[:, None] * W + w[None, :], mask=inside, other=0.0)
+            total = tl.dot(v, a, total, input_precision="ieee")
+        entry = split * entries + tile // rows * rows + row
+        tl.store(hidden + entry[:, None] * W + w[None, :], total, mask=there[:, None] & (w[None, :] < W))
 
 
 @_jit
-def _expand(hidden, B, places, weights, y, rows, O, W, offset, USES: tl.constexpr, SPLITS: tl.constexpr, R: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
-    row, block = tl.program_id(0), tl.program_id(1)
-    if tl.load(places + row * USES) >= 0:  # a row's uses come first
-        o, r = block * BO + tl.arange(0, BO), tl.arange(0, R)
-        total = tl.zeros((BO,), tl.float32)
-        for use in range(USES):
-            entry = row * USES + use
-            place = tl.load(places + entry).to(tl.int64)
-            if place >= 0:
-                h = tl.zeros((R,), tl.float32)
-                for split in range(SPLITS):
-                    h += tl.load(hidden + (split * rows * USES + entry).to(tl.int64) * W + offset + r)
-                at = B + place * R * O + r[:, None] * O + o[None, :]
-                b = tl.load(at, mask=o[None, :] < O, other=0.0).to(tl.float32)
-                total += tl.load(weights + entry) * tl.sum(h[:, None] * b, 0)
-        out = y + row.to(tl.int64) * O + o
-        before = tl.load(out, mask=o < O, other=0.0).to(tl.float32)
-        tl.store(out, (before + total).to(y.dtype.element_ty), mask=o < O)
+def _expand_block(hidden, B, weights, y, place, row, use, entries, rows, uses, block, O, W, offset, SPLITS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+    there, o = row >= 0, block * BO + tl.arange(0, BO)
+    total = tl.zeros((M, BO), tl.float32)
+    for start in range(0, R, BR):
+        r = start + tl.arange(0, BR)
+        b = tl.load(B + place * R * O + r[:, None] * O + o[None, :], mask=o[None, :] < O, other=0.0)
+        at = hidden + (use * rows + row[:, None]) * W + offset + r[None, :]
+        h = tl.zeros((M, BR), tl.float32)
+        for split in tl.static_range(SPLITS):
+            h += tl.load(at + split * entries * W, mask=there[:, None], other=0.0)
+        total = tl.dot(h.to(b.dtype), b, total, input_precision="ieee")
+    weight = tl.load(weights + row * uses + use, mask=there, other=0.0)
+    out, inside = y + row[:, None] * O + o[None, :], there[:, None] & (o[None, :] < O)
+    before = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out, (before + weight[:, None] * total).to(y.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _expand(hidden, B0, B1, B2, tiles, weights, y0, y1, y2, use, entries, rows, uses, O0, O1, O2, W, offset, SPLITS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+    tile, block = use * rows + tl.program_id(0), tl.program_id(1)  # block counts the blocks of all targets
+    place = tl.load(tiles + tile * (M + 1)).to(tl.int64)
+    if place >= 0:
+        row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)
+        n0, n1 = tl.cdiv(O0, BO), tl.cdiv(O1, BO)
+        if block < n0:
+            _expand_block(hidden, B0, weights, y0, place, row, use, entries, rows, uses, block, O0, W, offset, SPLITS, R, M, BR, BO)  # fmt: skip # noqa: E501
+        elif block < n0 + n1:
+            _expand_block(hidden, B1, weights, y1, place, row, use, entries, rows, uses, block - n0, O1, W, offset + R, SPLITS, R, M, BR, BO)  # fmt: skip # noqa: E501
+        else:
+            _expand_block(hidden, B2, weights, y2, place, row, use, entries, rows, uses, block - n0 - n1, O2, W, offset + 2 * R, SPLITS, R, M, BR, BO)  # fmt: skip # noqa: E501
 
 
 @_jit
@@ -125,39 +158,71 @@ def _power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def splits(width: int, other: int) -> int:
-    """Into how many parts a shrink's sum over `width` inputs is cut, for `other` outputs: a few tiles for each."""
-    return min(16, _power(-(-width * _power(other) // (8 * TILE))))
+def tile_rows(rows: Sequence[Sequence[int]], uses: int) -> list[int]:
+    """The places of each row's uses → tiles (U, B, 1 + ROWS), flat: a place and up to ROWS rows, -1 where none is.
+
+    Tiles with rows come first. A row's n-th use lies in the n-th tiles, so that no two tiles of a use share a row.
+    """
+    flat = []
+    for use in range(uses):
+        found: dict[int, list[int]] = {}
+        for row, places in enumerate(rows):
+            if use < len(places):
+                found.setdefault(places[use], []).append(row)
+        tiles = [
+            [place, *part, *[-1] * (ROWS - len(part))]
+            for place, own in found.items()
+            for part in (own[at : at + ROWS] for at in range(0, len(own), ROWS))
+        ]
+        flat += [n for tile in tiles for n in tile] + [-1] * ((len(rows) - len(tiles)) * (ROWS + 1))
+    return flat
 
 
-def shrink(x: Tensor, A: Tensor, places: Tensor) -> Tensor:
-    """h[n,b·U+u,w] = Σ_{i in part n} x[b,i] A[places[b,u],i,w]: x (B, I), A (P, I, W), places (B, U) → (N, B·U, W) float32.
+def shrink(x: Tensor, A: Tensor, tiles: Tensor, sizes: Sizes = SIZES) -> Tensor:
+    """h[n,u,b,w] = Σ_{i in part n} x[b,i] A[p,i,w] with p the place of row b's use u in `tiles`.
 
-    Entries with place -1 are left as they are: nothing reads them.
+    x (B, I), A (P, I, W), tiles (U, B, 1 + ROWS) int64 → (N, U, B, W) float32. What no tile names is left as it is:
+    nothing reads it.
     """
     if not _runs(x):
-        return shrink_twin(x, A, places)
-    (rows, width), (_, _, W), uses = x.shape, A.shape, places.shape[1]
-    parts, BW = splits(width, W), _power(W)
-    BI = max(16, TILE // BW)
-    each = -(-width // (parts * BI)) * BI
-    hidden = torch.empty(parts, rows * uses, W, dtype=torch.float32, device=x.device)
-    _shrink[(rows * uses, parts)](x, A, places, hidden, rows, width, W, uses, each, BI, BW)
+        return shrink_twin(x, A, tiles)
+    (rows, width), (_, _, W), uses = x.shape, A.shape, tiles.shape[0]
+    BW = min(64, max(16, _power(W)))
+    BI = min(256, max(16, sizes.stage // (BW * A.element_size())))
+    wanted = min(16, -(-width * min(W, BW) * A.element_size() // sizes.share))
+    share = -(-width // (wanted * BI)) * BI
+    parts = -(-width // share)
+    hidden = torch.empty(parts, uses, rows, W, dtype=torch.float32, device=x.device)
+    _shrink[(uses * rows, parts, -(-W // BW))](
+        x, A, tiles, hidden, uses * rows, rows, width, W, share, ROWS, BI, BW,
+        num_warps=sizes.shrink_warps, num_stages=sizes.stages,
+    )  # fmt: skip
     return hidden
 
 
-def expand(hidden: Tensor, B: Tensor, places: Tensor, weights: Tensor, offset: int, y: Tensor) -> None:
-    """y[b,o] += Σ_u weights[b,u] Σ_r (Σ_n h[n,b·U+u,offset+r]) B[places[b,u],r,o], in place; not where places are -1.
+def expand(
+    hidden: Tensor, B: Sequence[Tensor], tiles: Tensor, weights: Tensor, y: Sequence[Tensor], sizes: Sizes = SIZES
+) -> None:
+    """y[t][b,o] += weights[b,u] Σ_r (Σ_n h[n,u,b,t·R+r]) B[t][p,r,o] for u = 0, 1, …, in place, for all targets t.
 
-    hidden (N, B·U, W) float32, B (P, R, O), places (B, U) with the used ones first, weights (B, U) float32, y (B, O).
-    R is a power of two.
+    hidden (N, U, B, n·R) float32, n B's of (P, R, O_t), tiles (U, B, 1 + ROWS), weights (B, U) float32, y's (B, O_t).
+    Rows that no tile names are not touched. R is a power of two, at least 16.
     """
-    if not _runs(y):
-        return expand_twin(hidden, B, places, weights, offset, y)
-    (parts, _, W), (_, rank, width), (rows, uses) = hidden.shape, B.shape, places.shape
-    BO = max(32, TILE // 2 // rank)
-    grid = (rows, -(-width // BO))
-    _expand[grid](hidden, B, places, weights, y, rows, width, W, offset, uses, parts, rank, BO)
+    if not _runs(y[0]):
+        return expand_twin(hidden, B, tiles, weights, y)
+    (parts, uses, rows, W), rank = hidden.shape, B[0].shape[1]
+    BR = min(64, rank)
+    BO = min(sizes.columns, max(32, sizes.stage // (BR * B[0].element_size())))
+    for first in range(0, len(B), 3):
+        b, out = list(B[first : first + 3]), list(y[first : first + 3])
+        widths = [t.shape[1] for t in out] + [0] * (3 - len(out))
+        blocks = sum(-(-width // BO) for width in widths)
+        b, out = (t + [t[0]] * (3 - len(t)) for t in (b, out))  # no block is a filler's
+        for use in range(uses):
+            _expand[(rows, blocks)](
+                hidden, *b, tiles, weights, *out, use, uses * rows, rows, uses, *widths, W, first * rank,
+                parts, rank, ROWS, BR, BO, num_warps=sizes.expand_warps,
+            )  # fmt: skip
 
 
 def attend(
@@ -183,17 +248,27 @@ def attend(
     return out
 
 
-def shrink_twin(x: Tensor, A: Tensor, places: Tensor) -> Tensor:
-    """The definition of `shrink`, with one part and zeros where the place is -1."""
-    h = torch.einsum("bi,buiw->buw", x.float(), A[places.clamp(min=0)].float())
-    return (h * (places >= 0).unsqueeze(-1)).flatten(0, 1).unsqueeze(0)
+def places_of(tiles: Tensor, rows: int) -> Tensor:
+    """tiles (U, B, 1 + ROWS) → each row's places (B, U), -1 for none."""
+    owners, places = tiles[..., 1:].flatten(1), tiles[..., :1].expand(-1, -1, ROWS).flatten(1)
+    found = tiles.new_full((tiles.shape[0], rows + 1), -1)  # one more for those that are no row's
+    return found.scatter_(1, torch.where(owners < 0, rows, owners), places)[:, :rows].t()
 
 
-def expand_twin(hidden: Tensor, B: Tensor, places: Tensor, weights: Tensor, offset: int, y: Tensor) -> None:
+def shrink_twin(x: Tensor, A: Tensor, tiles: Tensor) -> Tensor:
+    """The definition of `shrink`, with one part and zeros where a row has no such use."""
+    places = places_of(tiles, x.shape[0])
+    h = torch.einsum("bi,buiw->ubw", x.float(), A[places.clamp(min=0)].float())
+    return (h * (places.t() >= 0).unsqueeze(-1)).unsqueeze(0)
+
+
+def expand_twin(hidden: Tensor, B: Sequence[Tensor], tiles: Tensor, weights: Tensor, y: Sequence[Tensor]) -> None:
     """The definition of `expand`."""
-    h = hidden.sum(0).unflatten(0, places.shape)[..., offset : offset + B.shape[1]]
-    update = torch.einsum("bu,bur,buro->bo", weights * (places >= 0), h, B[places.clamp(min=0)].float())
-    y.copy_(torch.where(places[:, :1] >= 0, y.float() + update, y.float()))
+    places, rank = places_of(tiles, hidden.shape[2]), B[0].shape[1]
+    for part, (b, out) in enumerate(zip(B, y)):
+        h = hidden.sum(0)[..., part * rank : (part + 1) * rank]
+        update = torch.einsum("bu,ubr,buro->bo", weights * (places >= 0), h, b[places.clamp(min=0)].float())
+        out.copy_(torch.where(places[:, :1] >= 0, out.float() + update, out.float()))
 
 
 def attend_twin(

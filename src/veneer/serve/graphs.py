@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ class StaticRows:
     ids: Tensor
     positions: Tensor
     slots: Tensor
-    places: Tensor
-    """(B, U) int64, -1 for none; the used ones first."""
+    tiles: Tensor
+    """(U, B, 1 + ROWS) int64, as `served.tile_rows` makes them."""
     weights: Tensor
     """(B, U) float32."""
 
@@ -46,12 +47,12 @@ class StaticRows:
         return served.attend(q, keys, values, self.slots, self.positions, scale, window).flatten(1, 2).unsqueeze(0)
 
     def shrink(self, x: Tensor, stack: Stack) -> Tensor:
-        """(N, B·U, n·R) float32."""
-        return served.shrink(x.contiguous(), stack.A, self.places)
+        """(N, U, B, n·R) float32."""
+        return served.shrink(x.contiguous(), stack.A, self.tiles)
 
-    def expand(self, hidden: Tensor, B: Tensor, part: int, y: Tensor) -> None:
-        """y += the update, in place."""
-        served.expand(hidden, B, self.places, self.weights, part * B.shape[1], y)
+    def expand(self, hidden: Tensor, stack: Stack, ys: Sequence[Tensor]) -> None:
+        """Each y += its update, in place."""
+        served.expand(hidden, stack.B, self.tiles, self.weights, ys)
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Step:
 
     rows: StaticRows
     numbers: Tensor
-    """ids, positions, slots and places in one piece, for one copy."""
+    """tiles, ids, positions and slots in one piece, for one copy."""
     graph: Any = None
     logits: Tensor | None = None
 
@@ -111,12 +112,11 @@ class GraphRunner(Runner):
 
     def _send(self, step: Step, rows: Sequence[tuple[int, int, int, Uses]], bucket: int, room: int) -> None:
         padding = bucket - len(rows)
-        numbers = [token for _, _, token, _ in rows] + [0] * padding
+        places = [[place for place, _ in uses] for *_, uses in rows] + [[]] * padding
+        numbers = served.tile_rows(places, room)
+        numbers += [token for _, _, token, _ in rows] + [0] * padding
         numbers += [position for _, position, _, _ in rows] + [0] * padding
         numbers += [slot for slot, *_ in rows] + [self.slots] * padding
-        for *_, uses in rows:
-            numbers += [place for place, _ in uses] + [-1] * (room - len(uses))
-        numbers += [-1] * (room * padding)
         step.numbers.copy_(torch.tensor(numbers, pin_memory=self.captures), non_blocking=True)
         if room:
             weights = [w for *_, uses in rows for w in [weight for _, weight in uses] + [0.0] * (room - len(uses))]
@@ -137,13 +137,12 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def _make(self, bucket: int, room: int) -> Step:
-        numbers = torch.zeros(bucket * (3 + room), dtype=torch.int64, device=self.device)
-        ids, positions, slots, places = numbers.split([bucket, bucket, bucket, bucket * room])
-        slots.fill_(self.slots), places.fill_(-1)
+        shape = room, bucket, 1 + served.ROWS
+        numbers = torch.zeros(math.prod(shape) + 3 * bucket, dtype=torch.int64, device=self.device)
+        tiles, ids, positions, slots = numbers.split([math.prod(shape), bucket, bucket, bucket])
+        slots.fill_(self.slots), tiles.fill_(-1)
         weights = torch.zeros(bucket, room, device=self.device)
-        rows = StaticRows(
-            self.cache, ids, positions, slots, places.view(bucket, room), weights, torch.zeros_like(slots)
-        )
+        rows = StaticRows(self.cache, ids, positions, slots, tiles.view(shape), weights, torch.zeros_like(slots))
         step = Step(rows, numbers)
         if self.captures:
             try:

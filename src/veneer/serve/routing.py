@@ -25,8 +25,8 @@ class Plan(Protocol):
     def shrink(self, x: Tensor, stack: Stack) -> object:
         """x (T, I) → whatever `expand` needs, (·, n·R) per token."""
 
-    def expand(self, hidden: object, B: Tensor, part: int, y: Tensor) -> None:
-        """Add one target's update to y (T, O) in place; rows without an adapter are not touched."""
+    def expand(self, hidden: object, stack: Stack, ys: Sequence[Tensor]) -> None:
+        """Add each target's update to its y (T, O) in place; rows without an adapter are not touched."""
 
 
 class Segments:
@@ -44,16 +44,16 @@ class Segments:
         """Each use's h = x Aᵀ."""
         return [torch.mm(x[start:end], stack.A[place]) for start, end, uses in self.segments for place, _ in uses]
 
-    def expand(self, hidden: list[Tensor], B: Tensor, part: int, y: Tensor) -> None:
+    def expand(self, hidden: list[Tensor], stack: Stack, ys: Sequence[Tensor]) -> None:
         """y[start:end] += w · h Bᵀ."""
-        rank, parts = B.shape[1], iter(hidden)
+        rank, entries = stack.B[0].shape[1], iter(hidden)
         for start, end, uses in self.segments:
             for place, weight in uses:
-                h = next(parts)[:, part * rank : (part + 1) * rank]
-                if y.dtype == h.dtype:
-                    y[start:end].addmm_(h, B[place], alpha=weight)
-                else:
-                    y[start:end].add_(torch.mm(h, B[place]), alpha=weight)
+                for h, B, y in zip(next(entries).split(rank, 1), stack.B, ys):
+                    if y.dtype == h.dtype:
+                        y[start:end].addmm_(h, B[place], alpha=weight)
+                    else:
+                        y[start:end].add_(torch.mm(h, B[place]), alpha=weight)
 
 
 class Rows:
@@ -92,10 +92,12 @@ class Rows:
         x = x[self.start : self.start + self.count] if self.plain else x.index_select(0, self.source)
         return torch.bmm(x.view(-1, self.most, x.shape[-1]), stack.A[self.places])
 
-    def expand(self, hidden: Tensor, B: Tensor, part: int, y: Tensor) -> None:
+    def expand(self, hidden: Tensor, stack: Stack, ys: Sequence[Tensor]) -> None:
         """y[row] += w · h Bᵀ for every entry."""
-        rank = B.shape[1]
-        update = torch.bmm(hidden[:, :, part * rank : (part + 1) * rank], B[self.places]).flatten(0, 1)
+        for h, B, y in zip(hidden.split(stack.B[0].shape[1], 2), stack.B, ys):
+            self._add(torch.bmm(h, B[self.places]).flatten(0, 1), y)
+
+    def _add(self, update: Tensor, y: Tensor) -> None:
         if self.plain:
             y[self.start : self.start + self.count].add_(update)
             return
@@ -128,11 +130,10 @@ class Grouped:
         """(T', n·R) for the tokens that have an adapter."""
         return F.grouped_mm(x[self.start :], stack.A, offs=self.ends)
 
-    def expand(self, hidden: Tensor, B: Tensor, part: int, y: Tensor) -> None:
+    def expand(self, hidden: Tensor, stack: Stack, ys: Sequence[Tensor]) -> None:
         """y += h Bᵀ."""
-        rank = B.shape[1]
-        h = hidden[:, part * rank : (part + 1) * rank].contiguous()
-        y[self.start :].add_(F.grouped_mm(h, B, offs=self.ends))
+        for h, B, y in zip(hidden.split(stack.B[0].shape[1], 1), stack.B, ys):
+            y[self.start :].add_(F.grouped_mm(h.contiguous(), B, offs=self.ends))
 
 
 def plan_rows(rows: Sequence[Uses], device: torch.device) -> Plan | None:
@@ -156,27 +157,31 @@ class Routing:
 
 
 class GroupState:
-    """What the linears of one group share while the model runs: the plan, and the shrunk input."""
+    """What the linears of one group share while the model runs: the plan, and their outputs for the input at hand."""
 
-    def __init__(self, group: Group, pool: Pool, routing: Routing, is_head: bool) -> None:
-        self.group, self.pool, self.routing, self.is_head = group, pool, routing, is_head
+    def __init__(self, group: Group, layers: Sequence[nn.Module], pool: Pool, routing: Routing, is_head: bool) -> None:
+        self.group, self.layers, self.pool, self.routing, self.is_head = group, layers, pool, routing, is_head
         self.source: Tensor | None = None
-        self.hidden: object = None
+        self.outputs: list[Tensor] = []
 
-    def add(self, x: Tensor, y: Tensor, part: int) -> Tensor:
-        """y + the update of one of the group's targets: x (…, I), y (…, O)."""
+    def output(self, x: Tensor, part: int) -> Tensor:
+        """x (…, I) → (…, O) of one of the group's targets; the first that is asked for computes all of them."""
         plan = self.routing.head if self.is_head else self.routing.body
         stack = self.pool.stacks.get(self.group)
         if plan is None or stack is None:
-            return y
+            return self.layers[part](x)
         if self.source is not x:
-            self.source = x
-            self.hidden = plan.shrink(x.reshape(-1, x.shape[-1]).to(stack.A.dtype), stack)
-        flat = y.reshape(-1, y.shape[-1])
-        plan.expand(self.hidden, stack.B[part], part, flat)
-        if part == len(self.group.targets) - 1:
-            self.source = self.hidden = None
-        return flat.view(y.shape)
+            self.source, self.outputs = x, self._outputs(x, plan, stack)
+        y = self.outputs[part]
+        if part == len(self.layers) - 1:
+            self.source, self.outputs = None, []
+        return y
+
+    def _outputs(self, x: Tensor, plan: Plan, stack: Stack) -> list[Tensor]:
+        flat = [y.reshape(-1, y.shape[-1]) for y in (layer(x) for layer in self.layers)]
+        hidden = plan.shrink(x.reshape(-1, x.shape[-1]).to(stack.A.dtype), stack)
+        plan.expand(hidden, stack, flat)
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in flat]
 
 
 class RoutedLinear(nn.Module):
@@ -188,7 +193,7 @@ class RoutedLinear(nn.Module):
         self.__dict__["state"] = state
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.state.add(x, self.base_layer(x), self.part)
+        return self.state.output(x, self.part)
 
     @property
     def weight(self) -> Tensor:

@@ -121,7 +121,7 @@ class Runner:
         head = output_head(self.model)
         for group in self.pool.groups:
             modules = [self.model.get_submodule(target) for target in group.targets]
-            state = GroupState(group, self.pool, self.routing, modules[0] is head)
+            state = GroupState(group, modules, self.pool, self.routing, modules[0] is head)
             for part, (target, module) in enumerate(zip(group.targets, modules)):
                 parent, _, leaf = target.rpartition(".")
                 owner = self.model.get_submodule(parent)
