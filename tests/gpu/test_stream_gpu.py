@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("base")
-    tiny_llama(num_hidden_layers=7, **GPU_SIZES).save_pretrained(path)
+    tiny_llama(num_hidden_layers=7, **GPU_SIZES).bfloat16().save_pretrained(path)  # the same weights in every dtype
     tokenizer.save_pretrained(path)
     return path
 
@@ -67,15 +67,15 @@ def step(model, dial, compile):
 def test_long_rows_in_chunks_have_the_gradients_of_compiled_blocks(folder, quant, monkeypatch):
     if quant == "nf4":
         pytest.importorskip("bitsandbytes")
-    options = {"device": "cuda", "dtype": "bfloat16", "quant": quant}
+    options = {"device": "cuda", "dtype": "float32", "quant": quant}
     wanted = step(load_streamed(folder, **options)[0], "recompute", True)
     monkeypatch.setattr("veneer.training.streamed.LONG", 100)
     monkeypatch.setattr("veneer.training.chunks.CHUNK", 48)
     found = step(load_streamed(folder, **options)[0], "recompute", True)
     for (loss, grads), (true_loss, true_grads) in zip(found, wanted, strict=True):
-        torch.testing.assert_close(loss, true_loss, rtol=2e-3, atol=0)
+        torch.testing.assert_close(loss, true_loss, rtol=1e-4, atol=0)
         for grad, true in zip(grads, true_grads, strict=True):
-            assert (grad - true).norm() <= 2e-2 * true.norm()
+            assert (grad - true).norm() <= 1e-3 * true.norm()
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
@@ -85,13 +85,15 @@ def test_gradients_are_the_resident_bases(folder, where, quant, dial, compile, m
     if quant == "nf4":
         pytest.importorskip("bitsandbytes")
     monkeypatch.setattr("veneer.training.store.SMALL", 1)
-    options = {"device": "cuda", "dtype": "bfloat16", "quant": quant}
-    wanted = step(load_base(folder, **options)[0], dial, compile)
-    found = step(load_streamed(folder, where=where, **options)[0], dial, compile)
-    for (loss, grads), (true_loss, true_grads) in zip(found, wanted, strict=True):
-        torch.testing.assert_close(loss, true_loss, rtol=2e-3, atol=0)  # the plain head, but in other chunks
-        for grad, true in zip(grads, true_grads, strict=True):
-            assert (grad - true).norm() <= 1e-2 * true.norm()
+    options = {"device": "cuda", "quant": quant}
+    truth = step(load_base(folder, dtype="float32", **options)[0], dial, False)
+    resident = step(load_base(folder, dtype="bfloat16", **options)[0], dial, compile)
+    found = step(load_streamed(folder, where=where, dtype="bfloat16", **options)[0], dial, compile)
+    for (loss, grads), (plain_loss, plain), (true_loss, true) in zip(found, resident, truth, strict=True):
+        torch.testing.assert_close(loss, plain_loss, rtol=2e-3, atol=0)  # the plain head, but in other chunks
+        assert (loss - true_loss).norm() <= 1.5 * (plain_loss - true_loss).norm() + 1e-3 * true_loss.norm()
+        for grad, rounded, exact in zip(grads, plain, true, strict=True):
+            assert (grad - exact).norm() <= 1.2 * (rounded - exact).norm() + 1e-3 * exact.norm()
 
 
 def test_weights_are_pinned_and_memory_is_that_of_two_blocks(folder):

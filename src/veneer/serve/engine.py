@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from veneer.base.generate import end_tokens
 from veneer.errors import VeneerError
+from veneer.kernels.served_check import sound
 from veneer.serve.errors import Overloaded, PromptTooLong, ServeError
 from veneer.serve.metrics import Metrics
 from veneer.serve.registry import Registry
@@ -167,11 +169,17 @@ class Engine:
 
     @staticmethod
     def _runner(registry: Registry) -> type[Runner]:
-        """Captured graphs where there is a GPU with triton, plain torch elsewhere."""
-        if registry.device.type == "cuda" and find_spec("triton") is not None:
-            from veneer.serve.graphs import GraphRunner
+        """Captured graphs where there is a GPU whose triton kernels compute what they should, plain torch elsewhere."""
+        if registry.device.type != "cuda" or find_spec("triton") is None:
+            return Runner
+        from veneer.serve.graphs import GraphRunner
 
+        if sound(registry.device, registry.dtype):
             return GraphRunner
+        warnings.warn(
+            "the kernels for mixed adapters do not compute on this GPU what their definitions do: plain torch serves, slower",
+            stacklevel=2,
+        )
         return Runner
 
     # The thread that owns the model
