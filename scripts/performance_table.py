@@ -10,7 +10,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs/performance.md"
-RUNS = {"gpu_train.json": "", "gpu_train_h200.json": " (before packed groups and CUDA graphs)"}
+RUNS = {
+    "gpu_train.json": "",
+    "gpu_train_h100.json": " (before the gated MLP as one function)",
+    "gpu_train_h200.json": " (before packed groups and CUDA graphs)",
+}
 NAMES = {"peft": "PEFT", "peft-nocast": "PEFT, no float32 cast", "liger-nocast": "PEFT + Liger, no float32 cast"}
 MODES = {"ckpt": "checkpointing", "none": "no recompute"}
 HEAD = """# Performance on a GPU
