@@ -176,10 +176,7 @@ class Engine:
 
         if sound(registry.device, registry.dtype):
             return GraphRunner
-        warnings.warn(
-            "the kernels for mixed adapters do not compute on this GPU what their definitions do: plain torch serves, slower",
-            stacklevel=2,
-        )
+        warnings.warn("the kernels for mixed adapters are wrong on this GPU: plain torch serves, slower", stacklevel=2)
         return Runner
 
     # The thread that owns the model
