@@ -28,9 +28,7 @@ def deviation(device: torch.device, dtype: torch.dtype) -> float:
     try:
         expand(shrink(x, A, tiles), B, tiles, weights, found)
         expand_twin(shrink_twin(x, A, tiles), B, tiles, weights, wanted)
-        differences = [
-            float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in zip(found, wanted)
-        ]
+        differences = [(a.float() - b.float()).abs().max() / b.float().abs().max() for a, b in zip(found, wanted)]
     except Exception:  # noqa: BLE001 whatever a compiler or driver says: the plain way is there
         return float("inf")
     return float(torch.stack(differences).max())  # NaN if any is
