@@ -7,9 +7,19 @@ from torch import Tensor, nn
 
 from veneer.adapter.layers import AdaptedModule
 from veneer.adapter.targets import input_embedding, output_head
-from veneer.base.stream import host_buffer
+from veneer.base.held import host_buffer
 from veneer.errors import ConfigError
 from veneer.kernels.host_rows import host_rows
+
+
+def embedded(embedding: nn.Embedding, rows: Tensor, where: Tensor) -> Tensor:
+    """The embedding's own forward pass with `rows` (n, d) for its table: (…, d) of the rows that `where` (…) names."""
+    table, padding = embedding.weight.data, embedding.padding_idx
+    embedding.weight.data, embedding.padding_idx = rows, None
+    try:
+        return type(embedding).forward(embedding, where)
+    finally:
+        embedding.weight.data, embedding.padding_idx = table, padding
 
 
 class HostEmbedding(nn.Module):
@@ -24,7 +34,7 @@ class HostEmbedding(nn.Module):
         flat = host_buffer(table.numel() * table.element_size(), table.device)
         self.table = flat.view(table.dtype).view(table.shape)
         self.table.copy_(table)
-        embedding.weight.data, embedding.padding_idx = table.new_empty(0), None
+        embedding.weight.data = table.new_empty(0)
         self.__dict__["inner"] = embedding  # not a submodule: its weight is none of the model's parameters
 
     @property
@@ -34,13 +44,8 @@ class HostEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (…) → (…, d) on the ids' device."""
-        inner = self.inner
         rows = host_rows(self.table, ids.reshape(-1), self.table.dtype)
-        inner.weight.data = rows
-        try:
-            return inner(torch.arange(len(rows), device=ids.device).view(ids.shape))
-        finally:
-            inner.weight.data = rows.new_empty(0)
+        return embedded(self.inner, rows, torch.arange(len(rows), device=ids.device).view(ids.shape))
 
 
 def embedding_to_host(model: nn.Module) -> None:

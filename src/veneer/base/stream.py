@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from veneer.adapter.layers import AdaptedModule
 from veneer.adapter.targets import input_embedding, output_head
 from veneer.base.held import Block, Spot, host_buffer, view_of
+from veneer.base.host_embedding import embedded
 from veneer.errors import AdapterStateError, BaseModelError
 from veneer.kernels.devices import indexed, sent
 
@@ -263,15 +264,14 @@ class StreamedBase:
     def lookup(self, ids: Tensor, known: Tensor | None = None) -> Tensor:
         """The embedding on the device; only the rows that occur are copied there. `known`: the ids on the host."""
         embedding = input_embedding(self.model)
-        table, padding = embedding.weight.data, embedding.padding_idx
+        table = embedding.weight.data
         unique, where = (ids.cpu() if known is None else known.view(ids.shape)).unique(return_inverse=True)
         rows = torch.empty(len(unique), table.shape[1], dtype=table.dtype, pin_memory=self.device.type == "cuda")
         torch.index_select(table, 0, unique, out=rows)
-        embedding.weight.data, embedding.padding_idx = rows.to(self.device, non_blocking=True).to(self.dtype), None
+        there = rows.to(self.device, non_blocking=True).to(self.dtype)
         try:
-            return type(embedding).forward(embedding, sent(where, self.device))
+            return embedded(embedding, there, sent(where, self.device))
         finally:
-            embedding.weight.data, embedding.padding_idx = table, padding
             self.forget()
 
     def head_pieces(self) -> Iterator[tuple[int, Tensor]]:
