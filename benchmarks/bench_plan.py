@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--only", help="settings whose name holds this text")
+    parser.add_argument("--without", help="no settings whose name holds this text")
     parser.add_argument("--smoke", action="store_true", help="a few tiny settings")
     parser.add_argument("--speed", action="store_true", help="on a GPU: measure speed, each setting alone")
     parser.add_argument("--gpus", default="0", help="indices of the GPUs, with commas")
@@ -155,6 +156,7 @@ def main() -> None:
     options.jobs = options.jobs or (1 if not cuda else 2 if options.speed else 4)
     cases = speed_cases() if options.speed else gpu_cases() if cuda else cpu_cases()
     cases = [case for case in (smoke_cases() if options.smoke else cases) if (options.only or "") in case.name]
+    cases = [case for case in cases if not options.without or options.without not in case.name]
     part = "speed" if options.speed else "results"
     record: dict = {"results": []}
     if options.out and options.out.exists():

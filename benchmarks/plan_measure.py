@@ -175,7 +175,7 @@ def gpu_worker(case: Case, rates: dict) -> None:
     from veneer.plan.constants import MARGIN
     from veneer.plan.roofline import Rates
 
-    record = predicted(case, Rates(**rates), True)
+    record = predicted(case, Rates(**rates), True) | {"rates": rates}
     torch.zeros(1, device="cuda")
     model = build(case, "cuda")
     clean()
