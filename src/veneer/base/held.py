@@ -171,8 +171,15 @@ def leaves_of(module: nn.Module, dtype: torch.dtype, keep: Callable[[str], bool]
     return list(found.values())
 
 
-def host_buffer(nbytes: int, device: torch.device) -> Tensor:
-    """Bytes of host memory that `device` can copy from at full speed: pinned, and no more than asked for."""
+STREAM = "the streamed base: use stream: disk, or quant: nf4"
+"""What a streamed base's buffers are for, and the way out where there is no memory for them."""
+
+
+def host_buffer(nbytes: int, device: torch.device, purpose: str = STREAM) -> Tensor:
+    """Bytes of host memory that `device` can copy from at full speed: pinned, and no more than asked for.
+
+    Raises `BaseModelError`, which says the `purpose`, where there is too little.
+    """
     try:
         array = np.empty(nbytes, np.uint8)
         if device.type != "cuda" or not nbytes:
@@ -187,9 +194,7 @@ def host_buffer(nbytes: int, device: torch.device) -> Tensor:
             torch.zeros(1, device=device)  # the next launch would report the failure once more
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # this one comes in powers of two
     except (MemoryError, RuntimeError):
-        raise BaseModelError(
-            f"no {nbytes / 2**30:.1f} GiB of host memory are left for the streamed base: use stream: disk, or quant: nf4"
-        ) from None
+        raise BaseModelError(f"no {nbytes / 2**30:.1f} GiB of host memory are left for {purpose}") from None
 
 
 def hold(leaves: list[Leaf], device: torch.device) -> Block:

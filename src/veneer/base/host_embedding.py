@@ -11,6 +11,8 @@ from veneer.base.held import host_buffer
 from veneer.errors import ConfigError
 from veneer.kernels.host_rows import host_rows
 
+PURPOSE = "the input embedding: use train.embedding: device"
+
 
 def embedded(embedding: nn.Embedding, rows: Tensor, where: Tensor) -> Tensor:
     """The embedding's own forward pass with `rows` (n, d) for its table: (…, d) of the rows that `where` (…) names."""
@@ -31,7 +33,7 @@ class HostEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         table = embedding.weight.data
-        flat = host_buffer(table.numel() * table.element_size(), table.device)
+        flat = host_buffer(table.numel() * table.element_size(), table.device, PURPOSE)
         self.table = flat.view(table.dtype).view(table.shape)
         self.table.copy_(table)
         embedding.weight.data = table.new_empty(0)

@@ -86,7 +86,8 @@ class Setting:
     """One way to run a step. `micro_tokens` are those of a row, in sequences of `sequence`; `tokens` those of a step.
 
     `dial` is train.checkpointing, `keep` train.keep_blocks, `stream` where the frozen blocks live: off (on the device),
-    host or disk. `graphs`: rows run as CUDA graphs once they were seen.
+    host or disk, `embedding` where the input embedding's table is: device or host. `graphs`: rows run as CUDA graphs once
+    they were seen.
     """
 
     quant: str
@@ -99,6 +100,7 @@ class Setting:
     stream: str = "off"
     keep: int = 0
     graphs: bool = False
+    embedding: str = "device"
 
     @property
     def rows(self) -> int:
@@ -188,6 +190,17 @@ def can_have_graphs(setting: Setting) -> bool:
     return setting.compile and setting.stream == "off" and setting.dial not in SENT
 
 
+def embedding_away(profile: Profile, setting: Setting) -> bool:
+    """Whether the embedding's table is in host memory by `train.embedding`: one that the head shares stays."""
+    return setting.embedding == "host" and setting.stream == "off" and profile.head > 0
+
+
+def chunked(setting: Setting, mode: str) -> bool:
+    """Whether a block takes its MLP in chunks: of a streamed base, for long rows, where it recomputes
+    (`training.chunks`)."""
+    return setting.stream != "off" and setting.micro_tokens > constants.LONG and mode.startswith("recompute")
+
+
 def block_bytes(block: Block, quant: str, each: int) -> float:
     """The frozen weights of one block."""
     return sum(packed(n, quant, each) for n in block.linears) + block.other * each
@@ -199,7 +212,8 @@ def base_bytes(profile: Profile, setting: Setting) -> float:
     blocks = [block_bytes(block, setting.quant, each) for block in profile.blocks]
     beside = sum(block.beside for block in profile.blocks) * each if packs(setting) else 0
     if setting.stream == "off":
-        return sum(blocks) + beside + (profile.embedding + profile.head + profile.rest) * each
+        embedding = 0 if embedding_away(profile, setting) else profile.embedding
+        return sum(blocks) + beside + (embedding + profile.head + profile.rest) * each
     head = (profile.head or profile.embedding) * each
     buffers = min(constants.STREAM_BUFFERS, len(blocks)) * max(blocks)
     return buffers + beside + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
@@ -256,7 +270,10 @@ def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
     """The most that a block needs while it runs, over what was there before it: all that it keeps, temporaries, the
     gradient of its output, and the float copy of a quantised weight."""
     tokens = setting.micro_tokens
-    if setting.compile:
+    if chunked(setting, mode):
+        most = constants.LONG_WORK * (1 - block.wide_share) * block.kept(tokens) + 2 * block.inputs(tokens)
+        most = max(most, block.forward_peak(constants.CHUNK))
+    elif setting.compile:
         most = block.dear(tokens) + (constants.NORMS * block.inputs(tokens) if mode == "keep" else 0.0)
         most += constants.WORK_WIDE[mode] * block.widest * tokens + constants.WORK_INPUTS * block.inputs(tokens)
     else:
@@ -267,7 +284,8 @@ def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
             kept, sent = kept_bytes(block, mode, tokens, False)
             most += max(0.0, sent + kept - block.kept(tokens))
         most += constants.EAGER_WORK * block.kept(tokens)
-    sizes, times = (block.groups, constants.UNPACKS[mode]) if packs(setting) else (block.linears, 1.0)
+    packed_here = packs(setting) and not chunked(setting, mode)
+    sizes, times = (block.groups, constants.UNPACKS[mode]) if packed_here else (block.linears, 1.0)
     return most + times * max((unpacked(n, setting.quant, each) for n in sizes), default=0.0)
 
 
@@ -279,6 +297,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     rows = setting.rows if setting.stream != "off" else 1  # all rows of a step pass through a block before the next
     here, away, peaks = profile.embed_kept(tokens) * rows, 0.0, []
     last: list[float] = []
+    there_still: list[float] = []  # of what was sent, each tensor once: several operations may save the same one
     known: dict[tuple[int, str], tuple[float, float, float]] = {}
     for block, mode in zip(profile.blocks, modes):
         if (key := (id(block), mode)) not in known:
@@ -288,16 +307,15 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         travelling = sum(last[-constants.AHEAD + 1 :]) + (
             constants.IN_FLIGHT * sent if cuda and not setting.compile else 0.0
         )
-        if setting.stream != "off":  # of the other rows, all that this block and the one before it sent
-            travelling = (travelling + sent) * rows - sent
         peaks.append((here + travelling, work, 0.0, "a block's backward pass"))
         here, away = here + kept * rows, away + sent * rows
         here += 0.0 if cuda else sent * rows  # the host's memory is the device's, and holds both copies
         last.append(sent)
-    left = here + sum(last[-constants.AHEAD :]) * rows
+        there_still.append(sent if setting.compile else min(sent, max(0.0, block.kept(tokens) - kept)))
+    left = here + sum(there_still[-constants.AHEAD :])
     chunk = chunk_bytes(profile.vocabulary, tokens, each, cuda)
-    if setting.stream != "off":
-        chunk = streamed_chunk_bytes(profile.hidden, profile.vocabulary, tokens, each)
+    if setting.stream != "off" and (profile.head or profile.embedding) * each > constants.STREAM_HEAD_CHUNK:
+        chunk = streamed_chunk_bytes(profile.hidden, profile.vocabulary, tokens * rows, each)
     there = profile.head_end(tokens) + (constants.HEAD_INPUTS * profile.hidden * each * tokens if cuda else 0.0)
     peaks.append((left, there, chunk, "the loss"))
     peaks.append((left, max(profile.head_peak(tokens), profile.tail_peak(tokens)), 0.0, "the final norm"))
@@ -311,7 +329,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         "kept": kept,
         "work": work,
         "head": head,
-        "workspace": constants.WORKSPACE if cuda else 0.0,
+        "workspace": constants.WORKSPACE * (2 if setting.graphs else 1) if cuda else 0.0,
     }
     own = kept + work + head
     slack = constants.RESERVED_FIXED + constants.RESERVED * own
@@ -325,6 +343,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     resident = streamed if setting.stream == "host" else 0.0
     if not cuda:
         parts["base"] += resident
-    host = constants.HOST_RUN + away * constants.PINNED + paged + resident if cuda else 0.0
+    table = profile.embedding * each if embedding_away(profile, setting) else 0
+    host = constants.HOST_RUN + away * constants.PINNED + paged + resident + table if cuda else 0.0
     pool = constants.POOL * own if setting.graphs and cuda else 0.0
     return Need(**parts, pool=pool, slack=slack, context=besides, host=host, at=at)

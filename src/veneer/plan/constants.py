@@ -8,7 +8,7 @@ CONTEXT = 560 * MIB
 """What CUDA, cuBLAS and torch's own kernels hold on a device besides tensors; a run measures it for itself."""
 WORKSPACE = 64 * MIB
 """cuBLAS's workspaces, from the caching allocator: 32 MiB on Hopper (8 MiB elsewhere) for the thread of the forward pass
-and for autograd's."""
+and for autograd's, and as much again for the stream on which CUDA graphs are captured."""
 RESERVED = 0.01
 """The allocator's reserve over what comes and goes (activations, logits)."""
 RESERVED_SENT = 0.5
@@ -17,8 +17,9 @@ RESERVED_FIXED = 64 * MIB
 """The allocator's reserve at least: what is left of its segments of 20 MiB."""
 POOL = 1.0
 """What CUDA graphs keep to themselves over what a row takes."""
-EAGER_WORK = 0.0
-"""An uncompiled block's temporaries that no count shows (workspaces of kernels), over what it keeps."""
+EAGER_WORK = 0.08
+"""An uncompiled block's temporaries on a GPU that no count shows (workspaces of kernels), over what it keeps: 0.06 to 0.11
+of three streamed bases at 8,192 tokens."""
 KEPT = {"keep": 1.0, "selective": 1.0, "offload": 1.0}
 """What a compiled block keeps on a setting of the dial over what is dear to compute again."""
 KEPT_MIXED = 1.0
@@ -29,7 +30,7 @@ WORK_WIDE = {"keep": 3.5, "selective": 3.5, "offload": 3.5, "mixed": 3.0, "recom
 WORK_INPUTS = 4.0
 """A compiled block's temporaries in its backward pass, in tensors as wide as its widest and as its input: the MLP's
 products and their gradients (8B on an H200: 0.94 and 0.27 GB of a peak's 1.2 GB at 8,192 tokens)."""
-UNPACKS = {"keep": 1.0, "selective": 1.0, "offload": 1.0, "mixed": 0.5, "recompute": 1.5, "recompute-offload": 1.5}
+UNPACKS = {"keep": 1.0, "selective": 1.0, "offload": 1.0, "mixed": 0.5, "recompute": 1.5, "recompute-offload": 2.0}
 """Packed matrices that a compiled block makes of 4-bit ones at once at its peak, in the largest (8B NF4 on an H200)."""
 HEAD_INPUTS = 2.0
 """Tensors of the size of the hidden states that are there with the loss's logits besides those that are counted."""
@@ -67,6 +68,11 @@ IN_FLIGHT = 0.2
 """What offloading holds on the device besides the block at work and the one before it, in blocks' offloaded tensors."""
 SMALL = MIB
 """Tensors below this many bytes are not offloaded: `training.store.SMALL`."""
+LONG, CHUNK = 16384, 4096
+"""Tokens of a row above which a streamed base's blocks take their MLPs in chunks, and of a chunk: `training.chunks`."""
+LONG_WORK = 1.3
+"""The most of such a block's turn over what it keeps without the MLP's inside, its input and output besides (8B NF4 with
+32,768 to 122,880 tokens in benchmarks/results/stream_gpu.json)."""
 STREAM_BUFFERS = 2
 """Blocks of a streamed base on the device at once: `base.stream.SLOTS`."""
 STREAM_HEAD_CHUNK, STREAM_HEAD_ROWS = 64 * MIB, 8192

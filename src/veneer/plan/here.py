@@ -16,6 +16,7 @@ from veneer.plan.fit import Budget, text
 from veneer.plan.profile import Profile, profile
 from veneer.plan.roofline import Rates
 
+HOST_UNKNOWN = "host memory: taken as enough; say how much there is with --ram 32GB"
 KEEP_FREE = 0.05
 """Share of the host's available memory that a plan leaves alone."""
 
@@ -60,7 +61,7 @@ def machine(device: str, vram: float | None, ram: float | None, dtype: str = "au
     card = devices.card_for(vram)
     notes = [f"rates: those of the {card.name} as its maker states them; `veneer bench --calibrate` measures a machine"]
     if ram is None:
-        notes.append("host memory: taken as enough; say how much there is with --ram 32GB")
+        notes.append(HOST_UNKNOWN)
     budget = Budget(min(vram, card.memory) if vram > card.memory * 1.05 else vram, ram)
     kind = "bfloat16" if dtype == "auto" else dtype
     return Machine(f"a card of {text(vram)}", budget, card.rates, kind, "mixed", True, notes)

@@ -83,6 +83,12 @@ class Block:
         return max(self.parcels, default=0.0)
 
     @property
+    def wide_share(self) -> float:
+        """Share of what is kept that is as wide as an MLP's inside."""
+        widest = self.widest
+        return sum(size for size in self.parcels if size >= 0.99 * widest) / max(1.0, sum(self.parcels))
+
+    @property
     def numbers(self) -> int:
         return sum(self.linears) + self.other
 

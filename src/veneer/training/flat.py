@@ -33,6 +33,8 @@ class FlatOptimizer:
                 by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
             groups += [{**group, "params": [self._flatten(same)]} for same in by_kind.values()]
         self.inner = _inner(groups, config)
+        if any(flat.is_cuda for flat in self.buffers):
+            torch.cuda.empty_cache()  # where the parameters were one by one there is no room for what is large
 
     def _flatten(self, parameters: list[nn.Parameter]) -> nn.Parameter:
         flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
