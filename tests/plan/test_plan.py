@@ -42,11 +42,11 @@ def planned(tmp_path_factory):
     """`planned(rank=…, layers=…)`: the profile of the tiny Llama from its config.json."""
     made = {}
 
-    def make(rank=4, layers=3, rows="split", dtype="float32"):
-        key = rank, layers, rows, dtype
+    def make(rank=4, layers=3, rows="split", dtype="float32", tied=False):
+        key = rank, layers, rows, dtype, tied
         if key not in made:
             folder = tmp_path_factory.mktemp("config")
-            llama(num_hidden_layers=layers).config.save_pretrained(folder)
+            llama(num_hidden_layers=layers, tie_word_embeddings=tied).config.save_pretrained(folder)
             made[key] = profile(folder, AdapterConfig(rank=rank), dtype=dtype, rows=rows)
         return made[key]
 
@@ -228,7 +228,8 @@ def test_nothing_fits_says_the_least_and_what_to_change(planned):
     wish = Wish(65536, 65536, {"dial": "keep", "stream": "off"})
     least = {}
     for option in options(said, Budget(1e12), CARDS[0].rates, replace(wish, fixed={"stream": "off"})):
-        dial, total = option.setting.dial, (option.need.total - option.need.pool) * (1 + constants.MARGIN)
+        plain = size.need(said, replace(option.setting, graphs=False))
+        dial, total = option.setting.dial, plain.total * (1 + constants.MARGIN)
         least[dial] = min(total, least.get(dial, total))
     with pytest.raises(PlanError) as raised:
         find(said, Budget((least["keep"] + least["recompute"]) / 2), CARDS[0].rates, wish)
@@ -291,3 +292,46 @@ def test_a_machine_without_a_gpu_plans_for_a_card():
     assert not machine("auto", None, None).budget.cuda
     with pytest.raises(ConfigError, match="--vram"):
         machine("cuda", None, None)
+
+
+def test_an_embedding_on_the_host_is_off_the_device(planned):
+    said = planned(rows="equal", dtype="bfloat16", tied=False)
+    table = said.embedding * said.dtype_bytes
+    on, off = (
+        size.need(said, size.Setting("none", "keep", 256, 256, 256, embedding=place)) for place in ("device", "host")
+    )
+    assert said.movable == said.embedding and on.base - off.base == table and off.host - on.host == table
+    here = [
+        size.need(said, size.Setting("none", "keep", 256, 256, 256, embedding=e), cuda=False)
+        for e in ("host", "device")
+    ]
+    assert here[0].total == here[1].total
+
+
+def test_an_embedding_that_the_head_shares_is_not_offered(planned):
+    tied = planned(rows="equal", dtype="bfloat16", tied=True)
+    wish = Wish(256, 256, {})
+    assert {o.setting.embedding for o in options(tied, Budget(1e12), CARDS[0].rates, wish)} == {"device"}
+    untied = planned(rows="equal", dtype="bfloat16", tied=False)
+    plan = find(untied, Budget(1e12), CARDS[0].rates, wish)
+    assert plan.chosen.setting.embedding == "device"
+    assert any(o.setting.embedding == "host" for o in options(untied, Budget(1e12), CARDS[0].rates, wish))
+
+
+def test_long_rows_of_a_streamed_base_need_less_than_whole_mlps(planned):
+    said = planned(rows="equal", dtype="bfloat16")
+
+    def work(tokens: int) -> float:
+        return size.need(said, size.Setting("none", "recompute", tokens, tokens, tokens, stream="host")).work
+
+    assert work(constants.LONG + 4096) < work(constants.LONG) * 1.25
+    assert work(8 * constants.LONG) > work(4 * constants.LONG)
+
+
+def test_rows_of_a_streamed_step_are_not_on_the_device_together(planned):
+    said = planned(rows="equal", dtype="bfloat16")
+    one, eight = (
+        size.need(said, size.Setting("none", "recompute-offload", 16384, 16384, rows * 16384, stream="host"))
+        for rows in (1, 8)
+    )
+    assert eight.kept - one.kept <= 7 * said.embed_kept(16384) + said.blocks[0].inputs(16384)

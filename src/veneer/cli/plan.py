@@ -11,7 +11,8 @@ from rich.console import Console
 from veneer.cli.common import err, parse_settings, parse_targets
 from veneer.errors import ConfigError, PlanError
 
-AXES = {"quant": "quant", "train.checkpointing": "dial", "train.optimizer": "optimizer", "train.stream": "stream"}
+AXES = {"quant": "quant", "train.checkpointing": "dial", "train.optimizer": "optimizer", "train.stream": "stream",
+        "train.embedding": "embedding"}  # fmt: skip
 """Keys that a user may fix → what the plan calls them."""
 EXAMPLES = 16
 """Sequences of a step where nothing says how many: `train.batch_size`'s default."""
@@ -129,6 +130,7 @@ def _cards(profile: Any, wish: Any, here: Any, console: Console, as_json: bool) 
 
     from veneer.plan.devices import CARDS
     from veneer.plan.fit import Budget, find
+    from veneer.plan.here import HOST_UNKNOWN
     from veneer.report.planned import print_cards
 
     rows, plain = [], replace(wish, fixed={"optimizer": "adamw"} | wish.fixed, compile=True)
@@ -143,3 +145,5 @@ def _cards(profile: Any, wish: Any, here: Any, console: Console, as_json: bool) 
         print(json.dumps(found, indent=2))
         return
     print_cards(rows, console, f"{profile.name}: {wish.tokens:,} tokens a step, sequences of up to {wish.sequence:,}")
+    if here.budget.host is None:
+        console.print(HOST_UNKNOWN, style="dim", soft_wrap=True)

@@ -191,8 +191,8 @@ def can_have_graphs(setting: Setting) -> bool:
 
 
 def embedding_away(profile: Profile, setting: Setting) -> bool:
-    """Whether the embedding's table is in host memory by `train.embedding`: one that the head shares stays."""
-    return setting.embedding == "host" and setting.stream == "off" and profile.head > 0
+    """Whether the embedding's table is in host memory by `train.embedding`."""
+    return setting.embedding == "host" and setting.stream == "off" and profile.movable > 0
 
 
 def chunked(setting: Setting, mode: str) -> bool:
@@ -212,8 +212,8 @@ def base_bytes(profile: Profile, setting: Setting) -> float:
     blocks = [block_bytes(block, setting.quant, each) for block in profile.blocks]
     beside = sum(block.beside for block in profile.blocks) * each if packs(setting) else 0
     if setting.stream == "off":
-        embedding = 0 if embedding_away(profile, setting) else profile.embedding
-        return sum(blocks) + beside + (embedding + profile.head + profile.rest) * each
+        away = profile.movable if embedding_away(profile, setting) else 0
+        return sum(blocks) + beside + (profile.embedding - away + profile.head + profile.rest) * each
     head = (profile.head or profile.embedding) * each
     buffers = min(constants.STREAM_BUFFERS, len(blocks)) * max(blocks)
     return buffers + beside + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
@@ -341,9 +341,9 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         sum(block_bytes(b, setting.quant, each) for b in profile.blocks) + (profile.embedding + profile.head) * each
     )
     resident = streamed if setting.stream == "host" else 0.0
+    table = profile.movable * each if embedding_away(profile, setting) else 0
     if not cuda:
-        parts["base"] += resident
-    table = profile.embedding * each if embedding_away(profile, setting) else 0
+        parts["base"] += resident + table
     host = constants.HOST_RUN + away * constants.PINNED + paged + resident + table if cuda else 0.0
     pool = constants.POOL * own if setting.graphs and cuda else 0.0
     return Need(**parts, pool=pool, slack=slack, context=besides, host=host, at=at)

@@ -19,6 +19,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "stream": ("off", "host", "disk"),
     "dial": ("keep", "selective", "mixed", "offload", "recompute", "recompute-offload"),
     "optimizer": ("adamw", "adamw-8bit", "paged-adamw-8bit"),
+    "embedding": ("device", "host"),
 }
 """What is searched, each from the plainest to the most saving; besides them the tokens of a row."""
 SAME = 1.02
@@ -95,7 +96,7 @@ class Plan:
 @dataclass(frozen=True)
 class Wish:
     """The work of a step: sequences of up to `sequence` tokens, `tokens` in all; `fixed` has what the user chose of
-    quant, stream, dial, optimizer, micro_tokens, keep. `compile` says whether blocks are compiled."""
+    quant, stream, dial, optimizer, embedding, micro_tokens, keep. `compile` says whether blocks are compiled."""
 
     sequence: int
     tokens: int
@@ -108,6 +109,7 @@ def options(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> list[
     axes = {axis: (wish.fixed[axis],) if axis in wish.fixed else values for axis, values in AXES.items()}
     if not budget.cuda:
         plain = {"quant": ("none",), "stream": ("off", "disk"), "dial": ("keep", "recompute"), "optimizer": ("adamw",)}
+        plain["embedding"] = ("device",)
         axes = {axis: axes[axis] if axis in wish.fixed else plain[axis] for axis in axes}
     if profile.stored and "quant" not in wish.fixed:
         axes["quant"] = ("none",)
@@ -115,11 +117,15 @@ def options(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> list[
         axes["dial"] = tuple(dial for dial in axes["dial"] if dial != "selective")
     rows = [wish.fixed["micro_tokens"]] if "micro_tokens" in wish.fixed else row_sizes(wish.sequence, wish.tokens)
     found = []
-    for quant, stream, dial, optimizer, micro in product(*axes.values(), rows):
+    for quant, stream, dial, optimizer, embedding, micro in product(*axes.values(), rows):
         if stream != "off" and dial == "keep" and "dial" not in wish.fixed:
             continue  # is recompute there
         keep = wish.fixed.get("keep", 0)
-        setting = size.Setting(quant, dial, micro, wish.sequence, wish.tokens, optimizer, wish.compile, stream, keep)
+        setting = size.Setting(
+            quant, dial, micro, wish.sequence, wish.tokens, optimizer, wish.compile, stream, keep, embedding=embedding
+        )
+        if embedding == "host" and "embedding" not in wish.fixed and not size.embedding_away(profile, setting):
+            continue  # its table stays where it is
         found.append(judge(profile, budget, rates, setting))
     return found
 
@@ -130,7 +136,7 @@ def with_kept_blocks(profile: Profile, budget: Budget, rates: Rates, every: Iter
     found: dict[tuple, Option] = {}
     for option in sorted((o for o in every if not o.reason), key=lambda o: o.time.total):
         if option.setting.dial not in ("keep", "selective"):
-            found.setdefault((*_kind(option), option.setting.optimizer), option)
+            found.setdefault((*_kind(option), option.setting.optimizer, option.setting.embedding), option)
     return [kept for option in found.values() if (kept := most_kept(profile, budget, rates, option)) is not None]
 
 
@@ -234,7 +240,7 @@ def _not_taken(every: list[Option], chosen: Option) -> list[Why]:
 def steps_down(every: list[Option], chosen: Option, wish: Wish) -> list[Option]:
     """What a run can change to in its midst without loading the base anew, each needing less on the device than the one
     before: no blocks kept, another dial, or smaller rows. The fastest way down."""
-    same = ("quant", "stream", "optimizer")
+    same = ("quant", "stream", "optimizer", "embedding")
     near = [
         option
         for option in every
@@ -281,6 +287,7 @@ NAMES = {
     "stream": "train.stream",
     "dial": "train.checkpointing",
     "optimizer": "train.optimizer",
+    "embedding": "train.embedding",
     "micro_tokens": "train.micro_batch_tokens",
     "keep": "train.keep_blocks",
 }
@@ -296,6 +303,7 @@ def describe(setting: size.Setting) -> str:
         f"keep_blocks {setting.keep}" if setting.keep else "",
         f"{setting.optimizer}" if setting.optimizer != "adamw" else "",
         f"stream {setting.stream}" if setting.stream != "off" else "",
+        f"embedding {setting.embedding}" if setting.embedding != "device" else "",
     ]
     return ", ".join(part for part in parts if part)
 

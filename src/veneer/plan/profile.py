@@ -97,6 +97,7 @@ class Block:
 class Profile:
     """A model under an adapter. `dtype_bytes` is of the base's dtype; numbers are counts, not bytes.
 
+    `movable` are those of the embedding if its table may be in host memory: frozen, and not the head's too.
     `adapter_bytes` is what the adapter holds and `trained_bytes` and `trained` what of it is trained (bytes, numbers).
     `embedding`, `head` and `rest` are the base's numbers outside the blocks (a tied head counts as embedding and has 0).
     `embed_kept`, `head_peak`, `head_end` and `tail_peak` are bytes by tokens: kept before the first block; over all that
@@ -122,6 +123,7 @@ class Profile:
     tail_peak: Line
     head_ops: tuple[Op, ...]
     stored: str | None = None
+    movable: int = 0
 
     @property
     def numbers(self) -> int:
@@ -143,6 +145,7 @@ def profile_of(model: nn.Module, adapter: AdapterConfig, rows: Rows, name: str =
     """The profile of a model on the meta device, which gets the adapter."""
     from veneer.base.skeleton import stored_quantisation
 
+    touched = adapter.trainable_tokens or adapter.new_tokens or adapter.modules_to_save
     adapter = adapter.model_copy(
         update={"adalora": None, "new_tokens": [], "invocation": None, "init": "kaiming", "init_options": {}}
     )
@@ -161,6 +164,7 @@ def profile_of(model: nn.Module, adapter: AdapterConfig, rows: Rows, name: str =
     trained = [p for p in tensors if p.requires_grad]
     inside = sum(sum(linears) + other for linears, other in (frozen[i] for i in like))
     embedding, head, numbers = outside
+    frozen_table = head and not touched and all(target.kind != "embedding" for target in plan.targets)
     return Profile(
         name=name,
         model_type=model.config.model_type,
@@ -176,6 +180,7 @@ def profile_of(model: nn.Module, adapter: AdapterConfig, rows: Rows, name: str =
         trained=sum(p.numel() for p in trained),
         **_ends(traces),
         stored=stored_quantisation(model.config),
+        movable=embedding if frozen_table else 0,
     )
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veneer.plan import constants
+from veneer.plan.bytes import Setting
 from veneer.plan.fit import NAMES, Option, Plan, text
 
 PARTS = {
@@ -29,6 +30,7 @@ def print_plan(plan: Plan, console: Console, title: str, notes: list[str]) -> No
     console.print(_settings([plan.chosen, *plan.runners_up]))
     if any(option.setting.keep for option in [plan.chosen, *plan.runners_up]):
         console.print("+n: the last n blocks are kept all the same (train.keep_blocks)", style="dim")
+    _explain_place(console, [plan.chosen, *plan.runners_up])
     console.print(_memory(plan))
     console.print()
     console.print(_not_taken(plan))
@@ -45,8 +47,18 @@ def _settings(options: list[Option]) -> Table:
     for i, option in enumerate(options):
         s, mark = option.setting, "→" if i == 0 else ""
         dial = f"{s.dial} +{s.keep}" if s.keep else s.dial
-        table.add_row(mark, s.quant, s.stream, dial, s.optimizer, *_numbers(option), style=None if i else "bold")
+        table.add_row(mark, s.quant, _place(s), dial, s.optimizer, *_numbers(option), style=None if i else "bold")
     return table
+
+
+def _place(setting: Setting) -> str:
+    """What of the base is not on the device."""
+    return "embedding" if setting.embedding == "host" and setting.stream == "off" else setting.stream
+
+
+def _explain_place(console: Console, options: list[Option]) -> None:
+    if any(_place(option.setting) == "embedding" for option in options):
+        console.print("embedding: only the input embedding is in host memory (train.embedding: host)", style="dim")
 
 
 def _numbers(option: Option) -> tuple[str, ...]:
@@ -92,5 +104,6 @@ def print_cards(rows: list[tuple[str, int, Option | str]], console: Console, tit
             table.add_row(name, size, "–", "–", option, style="dim")
             continue
         s = option.setting
-        table.add_row(name, size, s.quant, s.stream, s.dial, *_numbers(option))
+        table.add_row(name, size, s.quant, _place(s), s.dial, *_numbers(option))
     console.print(table)
+    _explain_place(console, [option for _, _, option in rows if not isinstance(option, str)])
