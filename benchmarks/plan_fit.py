@@ -25,14 +25,14 @@ from veneer.plan.roofline import Rates, step
 
 MEMORY = {
     "WORKSPACE": 8 << 20, "WORK_INPUTS": 0.5, "IN_FLIGHT": 0.1, "NORMS": 0.2, "KEPT_MIXED": 0.05, "EAGER_WORK": 0.02,
-    "HEAD_INPUTS": 0.5,
+    "HEAD_INPUTS": 0.5,  # LONG_WORK is of longer rows than the grid has
     **{f"WORK_WIDE.{dial}": 0.5 for dial in constants.WORK_WIDE}, **{f"KEPT.{dial}": 0.02 for dial in constants.KEPT},
     **{f"UNPACKS.{dial}": 0.25 for dial in constants.UNPACKS},
 }  # fmt: skip
 """What is fitted to allocated memory, with the first step."""
 RESERVE = {"RESERVED": 0.01, "RESERVED_SENT": 0.05, "RESERVED_FIXED": 8 << 20, "POOL": 0.05}
 SPEED = {"FUSED": 0.05, "PRODUCT_SHARE": 0.05, "MOVE_SHARE": 0.05, "ATTENTION_SHARE": 0.1, "UNPACK_SHARE": 0.05,
-         "EAGER_CALLS": 0.2, "AGAIN_MIXED": 0.05, "COMPILED_CALLS": 0.05}  # fmt: skip
+         "EAGER_CALLS": 0.2, "AGAIN_MIXED": 0.05, "COMPILED_CALLS": 0.05, "STEP_SECONDS": 0.001}  # fmt: skip
 
 
 def get(name: str) -> float:

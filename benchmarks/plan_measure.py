@@ -166,13 +166,14 @@ def planned(case: Case, cuda: bool) -> tuple:
 
 
 def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> dict:
-    """What the plan says of this setting."""
+    """What the plan says of this setting; without rates nothing of its time."""
     from veneer.plan import bytes as size
     from veneer.plan.roofline import step
 
     about, setting = planned(case, cuda)
     need = size.need(about, setting, cuda=cuda, context=context)
-    return {"need": need.as_dict(), "time": step(about, setting, replace(rates, queued=cuda)).as_dict()}
+    time = {} if rates is None else {"time": step(about, setting, replace(rates, queued=cuda)).as_dict()}
+    return {"need": need.as_dict()} | time
 
 
 def memory_of(case: Case, rates: dict, wait: Callable[[], None]) -> dict:

@@ -32,18 +32,24 @@ def load(file: Path, again: bool) -> dict | None:
     for part in ("results", "speed"):
         record[part] = [r for r in record.get(part, []) if "skipped" not in r]
     if again:
-        from plan_cases import Case
-        from plan_measure import predicted
-
-        from veneer.plan.roofline import Rates
-
-        for result in record["results"] + record["speed"]:
-            if "measured" in result:
-                case = Case(**result["case"] | {"lengths": tuple(result["case"]["lengths"])})
-                cuda = "allocated" in result["measured"]
-                result |= predicted(case, Rates(**result["rates"]), cuda, result.get("context"))
+        predict(record["results"] + record["speed"])
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def predict(results: list[dict]) -> None:
+    """Put new predictions in; time, which needs the machine's rates, with another record's where one holds none."""
+    from plan_cases import Case
+    from plan_measure import predicted
+
+    from veneer.plan.roofline import Rates
+
+    rates = next((result["rates"] for result in results if "rates" in result), None)
+    for result in results:
+        if "measured" in result:
+            case = Case(**result["case"] | {"lengths": tuple(result["case"]["lengths"])})
+            cuda, known = "allocated" in result["measured"], result.get("rates", rates)
+            result |= predicted(case, Rates(**known) if known else None, cuda, result.get("context"))
 
 
 def errors(results: list[dict], key: str) -> list[float]:

@@ -145,5 +145,5 @@ def _cards(profile: Any, wish: Any, here: Any, console: Console, as_json: bool) 
         print(json.dumps(found, indent=2))
         return
     print_cards(rows, console, f"{profile.name}: {wish.tokens:,} tokens a step, sequences of up to {wish.sequence:,}")
-    if here.budget.host is None:
+    if HOST_UNKNOWN in here.notes:
         console.print(HOST_UNKNOWN, style="dim", soft_wrap=True)

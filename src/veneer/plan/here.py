@@ -16,7 +16,9 @@ from veneer.plan.fit import Budget, text
 from veneer.plan.profile import Profile, profile
 from veneer.plan.roofline import Rates
 
-HOST_UNKNOWN = "host memory: taken as enough; say how much there is with --ram 32GB"
+HOST = 64e9
+"""Bytes of host memory of a machine that is not here, where nobody says how much it has."""
+HOST_UNKNOWN = f"host memory: taken as {HOST / 1e9:.0f} GB; say how much there is with --ram"
 KEEP_FREE = 0.05
 """Share of the host's available memory that a plan leaves alone."""
 
@@ -62,6 +64,7 @@ def machine(device: str, vram: float | None, ram: float | None, dtype: str = "au
     notes = [f"rates: those of the {card.name} as its maker states them; `veneer bench --calibrate` measures a machine"]
     if ram is None:
         notes.append(HOST_UNKNOWN)
+        ram = HOST
     budget = Budget(min(vram, card.memory) if vram > card.memory * 1.05 else vram, ram)
     kind = "bfloat16" if dtype == "auto" else dtype
     return Machine(f"a card of {text(vram)}", budget, card.rates, kind, "mixed", True, notes)

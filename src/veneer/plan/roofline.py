@@ -104,6 +104,7 @@ def step(profile: Profile, setting: size.Setting, rates: Rates) -> Time:
     compute, copies = (sum(way[i] for way in passes) for i in (0, 1))
     total = sum(max(way) + min(way) * (1 - constants.OVERLAP) for way in passes)
     rest = _head(profile, setting, rates) * setting.rows + 7 * size.FLOAT32 * profile.trained / rates.bandwidth
+    rest += constants.STEP_SECONDS if rates.queued else 0.0
     if size.embedding_away(profile, setting):
         rest += setting.tokens * profile.hidden * each / rates.copy
     return Time(compute + rest, copies, total + rest, setting.tokens)

@@ -53,12 +53,12 @@ def _settings(options: list[Option]) -> Table:
 
 def _place(setting: Setting) -> str:
     """What of the base is not on the device."""
-    return "embedding" if setting.embedding == "host" and setting.stream == "off" else setting.stream
+    return "off*" if setting.embedding == "host" and setting.stream == "off" else setting.stream
 
 
 def _explain_place(console: Console, options: list[Option]) -> None:
-    if any(_place(option.setting) == "embedding" for option in options):
-        console.print("embedding: only the input embedding is in host memory (train.embedding: host)", style="dim")
+    if any(_place(option.setting) == "off*" for option in options):
+        console.print("*: only the input embedding is in host memory (train.embedding: host)", style="dim")
 
 
 def _numbers(option: Option) -> tuple[str, ...]:
