@@ -6,8 +6,9 @@
 
 Llama-3.1-8B's shapes with random weights in bfloat16, adapters of rank 16 on all seven projections, as many requests at
 once as there are slots, each with its own prompt, greedy; adapters are dealt to requests in turn. Every figure is beside
-the same engine without adapters. `prompt_tokens_per_s` is of prompts alone, all slots at once; `bound` is the share of base-only throughput that is left if a step is nothing but
-reading weights, keys and values, and each adapter in use once.
+the same engine without adapters. `prompt_tokens_per_s` is of prompts alone, all slots at once; `bound` is the share of
+base-only throughput that is left if a step is nothing but reading weights, keys and values, and each adapter in use
+once.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from veneer.serve import Engine, Registry, Request, Sampling
-from veneer.serve.content import Content
+from veneer.serve import Engine, Registry, Request, Sampling, static
 from veneer.serve.stored import STILL
 
 LINEARS = (
@@ -262,9 +262,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--counts", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64, 512])
+    parser.add_argument("--no-overlap", action="store_true", help="shrinks after the base's products, not beside them")
     parser.add_argument("--limit-seconds", type=float, default=80)
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
+    static.OVERLAP = not o.no_overlap
     began = time.perf_counter()
     name = torch.cuda.get_device_name(0) if o.device.startswith("cuda") else "cpu"
     record: dict[str, Any] = {

@@ -53,7 +53,7 @@ def test_factors_are_packed_as_they_act(registry, inside):
     content = registry._names["a"]
     for path, (a, b) in content.factors(content.host).items():
         delta = bank.layers[path].delta("a")
-        assert (b @ a - delta).abs().max() <= 1e-5 * delta.abs().max()
+        assert (b.t() @ a.t() - delta).abs().max() <= 1e-5 * delta.abs().max()
 
 
 def test_the_content_hash_is_of_what_acts(registry, inside):

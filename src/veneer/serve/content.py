@@ -26,8 +26,9 @@ class Content:
     """One adapter's factors. `shapes` maps target → (d_in, rank, d_out).
 
     `host` is one flat tensor, target after target A (rank, d_in) and then s·B (d_out, rank) in the model's dtype, or
-    None where they are on disk alone. `users` counts requests in flight, `named` says whether a name points here still,
-    `stored` where they can be read again from files that are known to be the same.
+    None where they are on disk alone. On a GPU, which transposes in no time, these are as in the files, and pinned;
+    elsewhere (`turned`) transposed, as the pool has them. `users` counts requests in flight, `named` says whether a name
+    points here still, `stored` where they can be read again from files that are known to be the same.
     """
 
     hash: str
@@ -35,6 +36,7 @@ class Content:
     shapes: dict[str, tuple[int, int, int]]
     scalings: dict[str, float]
     itemsize: int
+    turned: bool
     host: Tensor | None = None
     stored: Stored | None = None
     pinned: bool = False
@@ -60,23 +62,37 @@ class Content:
         return "device" if self.on_device else "disk" if self.host is None else "host"
 
     def factors(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Views of (A, s·B) by target into `host`, or into a copy of it elsewhere."""
+        """Views of (Aᵀ, s·Bᵀ) by target into `host`, or into a copy of it elsewhere."""
+        return self._views(flat, self.turned)
+
+    def pack(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `host` is, from all A (rank, d_in) and B (d_out, rank) as they are stored; `flat` may be overwritten."""
+        flat = flat if flat.dtype == dtype else flat.to(torch.promote_types(dtype, torch.float32))
+        stored = self._views(flat, False)
+        for path, (_, b) in stored.items():
+            if self.scalings[path] != 1:
+                b.mul_(self.scalings[path])
+        if not self.turned:
+            ready = flat.dtype == dtype and flat.is_pinned()
+            return flat if ready else torch.empty_like(flat, dtype=dtype, pin_memory=True).copy_(flat)
+        host = torch.empty_like(flat, dtype=dtype)
+        for path, pair in self._views(host, True).items():
+            for new, old in zip(pair, stored[path]):
+                new.copy_(old)
+        return host
+
+    def _views(self, flat: Tensor, turned: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """(Aᵀ, Bᵀ) by target, of a tensor that holds them so (`turned`) or as A and B."""
         found, at = {}, 0
         for path, (d_in, rank, d_out) in self.shapes.items():
             middle, end = at + d_in * rank, at + (d_in + d_out) * rank
-            found[path] = flat[at:middle].view(rank, d_in), flat[middle:end].view(d_out, rank)
+            a, b = flat[at:middle], flat[middle:end]
+            if turned:
+                found[path] = a.view(d_in, rank), b.view(rank, d_out)
+            else:
+                found[path] = a.view(rank, d_in).t(), b.view(d_out, rank).t()
             at = end
         return found
-
-    def pack(self, flat: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
-        """What `host` is, from all A and B as they are stored, in the same order; `flat` may be overwritten."""
-        flat = flat if flat.dtype == dtype else flat.to(torch.promote_types(dtype, torch.float32))
-        for path, (_, b) in self.factors(flat).items():
-            if self.scalings[path] != 1:
-                b.mul_(self.scalings[path])
-        if flat.dtype == dtype and (flat.is_pinned() or not pin):
-            return flat
-        return torch.empty_like(flat, dtype=dtype, pin_memory=pin).copy_(flat)
 
 
 def check_files(path: Path, allowed: list[Path], max_bytes: int) -> None:
@@ -106,23 +122,23 @@ def read_content(
         _check_fits(name, f, targets, max_rank)
     shapes = {name: (f.lora_A.shape[1], f.rank, f.lora_B.shape[0]) for name, f in adapter.layers.items()}
     scalings = {name: f.scaling for name, f in adapter.layers.items()}
-    content = Content(_hash(adapter), path, shapes, scalings, dtype.itemsize)
+    content = Content(_hash(adapter), path, shapes, scalings, dtype.itemsize, not pin)
     parts = [factor.flatten() for f in adapter.layers.values() for factor in (f.lora_A, f.lora_B)]
-    host = content.pack(torch.cat(parts), dtype, pin)
+    host = content.pack(torch.cat(parts), dtype)
     if not host.isfinite().all():
         raise AdapterFormatError(f"the adapter has values that {dtype} cannot hold: serve the base in another dtype")
     content.host, content.stored = host, Stored.find(path, stamps, list(shapes)) if stamps else None
     return content
 
 
-def read_again(content: Content, dtype: torch.dtype, pin: bool) -> Tensor | None:
+def read_again(content: Content, dtype: torch.dtype) -> Tensor | None:
     """A content's `host` from its files without hashing them; None if they are not known to be the same (`stored`)."""
     stored = content.stored
     if stored is None:
         return None
-    ready = pin and stored.dtype == dtype
+    ready = stored.dtype == dtype and not content.turned
     flat = torch.empty(content.bytes // content.itemsize, dtype=stored.dtype, pin_memory=ready)
-    return content.pack(flat, dtype, pin) if stored.read(content.path, flat) else None
+    return content.pack(flat, dtype) if stored.read(content.path, flat) else None
 
 
 def _check_plain(adapter: AdapterFile) -> None:

@@ -120,14 +120,14 @@ class Pool:
                 self._fill(stack.A[place, :, columns], stack.B[part][place], factors.get(target))
 
     def _fill(self, wide_A: Tensor, wide_B: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
-        """Write A (r, d_in) and B (d_out, r) transposed into (d_in, R) and (R, d_out)."""
-        rank = 0 if factors is None else factors[0].shape[0]
+        """Write Aᵀ (d_in, r) and Bᵀ (r, d_out) into (d_in, R) and (R, d_out)."""
+        rank = 0 if factors is None else factors[0].shape[1]
         if rank < self.rank:
             wide_A[:, rank:].zero_()
             wide_B[rank:].zero_()
         if factors is not None:
-            wide_A[:, :rank].copy_(factors[0].t())
-            wide_B[:rank].t().copy_(factors[1])
+            wide_A[:, :rank].copy_(factors[0])
+            wide_B[:rank].copy_(factors[1])
 
     def grow(self, rank: int, targets: Iterable[str]) -> None:
         """Make the stacks anew for a larger rank or more targets, with what they hold."""

@@ -212,12 +212,11 @@ class Registry:
 
     def _refill(self, content: Content) -> None:
         """Read a content's factors from disk again; what is there must still be the same."""
-        pin = self.device.type == "cuda"
         try:
             check_files(content.path, self.allowed, self.max_bytes)
-            host, stored = read_again(content, self.dtype, pin), content.stored
+            host, stored = read_again(content, self.dtype), content.stored
             if host is None:
-                again = read_content(content.path, self.targets, self.dtype, pin, self.max_rank)
+                again = read_content(content.path, self.targets, self.dtype, not content.turned, self.max_rank)
                 if again.hash != content.hash:
                     raise AdapterRefused("the adapter's files have changed on disk since it was loaded: load it again")
                 host, stored = again.host, again.stored
