@@ -53,7 +53,7 @@ def _jit(function):
 
 @_jit
 def _shrink(x, A, tiles, hidden, count, entries, rows, I, W, SHARE: tl.constexpr, M: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr):  # fmt: skip # noqa: E501
-    tile, split = tl.program_id(0), tl.program_id(1)  # tile counts uses and their tiles
+    split, tile = tl.program_id(0), tl.program_id(1)  # tile counts uses and their tiles; the first start first
     place = tl.load(tiles + tile * (M + 1)).to(tl.int64)
     row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)  # on its way while place is looked at
     if place >= 0:
@@ -89,7 +89,7 @@ def _expand_block(hidden, B, weights, y, place, row, use, entries, rows, uses, b
 
 @_jit
 def _expand(hidden, B0, B1, B2, tiles, weights, y0, y1, y2, use, count, entries, rows, uses, O0, O1, O2, W, offset, SPLITS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
-    tile, block = use * count + tl.program_id(0), tl.program_id(1)  # block counts the blocks of all targets
+    block, tile = tl.program_id(0), use * count + tl.program_id(1)  # block counts the blocks of all targets
     place = tl.load(tiles + tile * (M + 1)).to(tl.int64)
     row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)
     if place >= 0:
@@ -195,7 +195,7 @@ def shrink(x: Tensor, A: Tensor, tiles: Tensor, sizes: Sizes = SIZES) -> Tensor:
     share = -(-width // (wanted * BI)) * BI
     parts = -(-width // share)
     hidden = torch.empty(parts, uses, rows, W, dtype=torch.float32, device=x.device)
-    _shrink[(uses * count, parts, -(-W // BW))](
+    _shrink[(parts, uses * count, -(-W // BW))](
         x, A, tiles, hidden, count, uses * rows, rows, width, W, share, M, BI, BW,
         num_warps=sizes.shrink_warps, num_stages=sizes.stages,
     )  # fmt: skip
@@ -222,7 +222,7 @@ def expand(
         blocks = sum(-(-width // BO) for width in widths)
         b, out = (t + [t[0]] * (3 - len(t)) for t in (b, out))  # no block is a filler's
         for use in range(uses):
-            _expand[(count, blocks)](
+            _expand[(blocks, count)](
                 hidden, *b, tiles, weights, *out, use, count, uses * rows, rows, uses, *widths, W, first * rank,
                 parts, rank, M, BR, BO, num_warps=sizes.expand_warps,
             )  # fmt: skip

@@ -20,7 +20,7 @@ QUERIES = 64
 
 @_jit
 def _attend_pieces(q, keys, values, tiles, y, scale, window, C, H, G, D, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip # noqa: E501
-    tile, head = tl.program_id(0), tl.program_id(1)
+    head, tile = tl.program_id(0), tl.program_id(1)
     slot, row = tl.load(tiles + tile * 4).to(tl.int64), tl.load(tiles + tile * 4 + 1).to(tl.int64)
     first, count = tl.load(tiles + tile * 4 + 2).to(tl.int32), tl.load(tiles + tile * 4 + 3).to(tl.int32)
     if count > 0:
@@ -91,7 +91,7 @@ def attend_pieces(
     (_, H, D), (_, K, C, _) = q.shape, keys.shape
     out, BD = torch.zeros_like(q), max(16, _power(D))
     BN = min(64, max(16, 16384 // (BD * q.element_size())))
-    _attend_pieces[(tiles.shape[0], H)](
+    _attend_pieces[(H, tiles.shape[0])](
         q, keys, values, tiles, out, scale, C if window is None else window, C, H, H // K, D, QUERIES, BN, BD,
         num_warps=4 if BD <= 128 else 8, num_stages=2,
     )  # fmt: skip
