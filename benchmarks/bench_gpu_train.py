@@ -21,14 +21,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from filelock import FileLock
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-LOCK = Path(tempfile.gettempdir()) / f"veneer-bench-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock"
-"""Held while steps are timed, one process at a time on a GPU."""
+LOCK = FileLock(Path(tempfile.gettempdir()) / f"veneer-bench-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock")
+"""Held while steps are timed, one process at a time on a GPU; of a case by length, while longer ones than the first run."""
 CONFIGS = {
     "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
@@ -254,13 +255,12 @@ def trl_steps(shape: str, precision: str, lengths: list[int], mode: str, count: 
     )  # fmt: skip
     rows = [torch.randint(5, model.config.vocab_size - 5, (n,)).tolist() for n in lengths] * (3 + count)
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS)
-    lock = FileLock(LOCK)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
             torch.cuda.synchronize()
             if not times:
-                lock.acquire()
+                LOCK.acquire()
             times.append(time.time())
 
     trainer = SFTTrainer(
@@ -271,7 +271,7 @@ def trl_steps(shape: str, precision: str, lengths: list[int], mode: str, count: 
     try:
         loss = trainer.train().training_loss
     finally:
-        lock.release()
+        LOCK.release()
     middle = statistics.median(b - a for a, b in zip(times[2:], times[3:]))
     return {
         "load_s": round(ready - began, 1), "first_step_s": round(times[0] - ready, 1),
@@ -302,12 +302,14 @@ def worker(case: str, who: str, count: int) -> dict:
     if not case.endswith("by length"):
         return start | measured(steps, lengths, count)
     found = []
-    for length in lengths:
-        try:
-            found.append({"tokens": length} | measured(steps, [length], max(3, count // 2)))
-        except torch.OutOfMemoryError:
-            found.append({"tokens": length, "failed": "out of memory"})
-            break
+    for i, length in enumerate(lengths):
+        with LOCK if i else nullcontext():
+            try:
+                found.append({"tokens": length} | measured(steps, [length], max(3, count // 2)))
+            except torch.OutOfMemoryError:
+                found.append({"tokens": length, "failed": "out of memory"})
+                break
+            torch.cuda.empty_cache()
     return start | {"by_length": found}
 
 
@@ -322,7 +324,7 @@ def measured(steps, lengths: list[int], count: int) -> dict:
     loss = step()
     torch.cuda.synchronize()
     first, times = time.time(), []
-    with FileLock(LOCK):
+    with LOCK:
         for i in range(2 + count):
             start = time.time()
             step()
