@@ -38,13 +38,12 @@ class Tiles:
 
     def shrink(self, x: Tensor, stack: Stack) -> Tensor:
         """(splits, U, B, n·R) float32; on a GPU beside what comes next, up to `expand`."""
-        x = x.contiguous()
         if not (OVERLAP and x.is_cuda):
-            return served.shrink(x, stack.A, self.tiles)
+            return served.shrink(x.contiguous(), stack.A, self.tiles)
         side = beside(x.device)
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
-            return served.shrink(x, stack.A, self.tiles)
+            return served.shrink(x.contiguous(), stack.A, self.tiles)
 
     def expand(self, hidden: Tensor, stack: Stack, ys: Sequence[Tensor]) -> None:
         """Each y += its update, in place."""
