@@ -111,7 +111,7 @@ class Bench:
         return [(n * max(1, adapters // self.o.slots) + shift) % max(adapters, 1) for n in range(self.o.slots)]
 
     def place(self, adapters: int) -> None:
-        """Bring adapters to the device while the engine rests."""
+        """Bring adapters to the device; only while the engine rests, whose thread does it otherwise."""
         pool = self.engine.runner.pool
         for n in range(adapters):
             pool.release(pool.acquire(self.registry._names[f"a{n}"]))
@@ -210,7 +210,6 @@ def throughput(bench: Bench, count: int) -> dict[str, Any]:
 
 def cold(bench: Bench) -> dict[str, Any]:
     """First token of one request alone: an adapter on the device, one in host memory, one on disk; the base."""
-    bench.place(1)
     bench.first_token("a0"), bench.first_token(None)
     base = [bench.first_token(None) for _ in range(5)]
     warm = [bench.first_token("a0") for _ in range(5)]
@@ -285,6 +284,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(o, Path(folder))
         note({"case": "ready", "adapter_mib": round(bench.registry.info("a0").bytes / 2**20, 1)})
+        bench.first_token(None)
+        note({"case": "prepared"})  # kernels compiled, graphs captured
         jobs = [(f"{count} adapters", lambda count=count: throughput(bench, count)) for count in o.counts]
         jobs.insert(0, ("cold", lambda: cold(bench)))  # while places are empty
         for case, job in jobs:
