@@ -13,6 +13,7 @@ R rank, W = targets of a group · R, P places, S slots, C context, K key heads, 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -47,8 +48,15 @@ class Sizes:
 SIZES = Sizes()
 
 
+COUNTS = ("use", "uses", "rows", "count", "entries")
+"""What differs from batch to batch: compiled once for all values, not again for 1 and for multiples of 16."""
+
+
 def _jit(function):
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    counts = [name for name in signature(function).parameters if name in COUNTS]
+    return triton.jit(do_not_specialize=counts)(function)
 
 
 @_jit
