@@ -6,8 +6,9 @@
 
 Llama-3.1-8B's shapes with random weights in bfloat16, adapters of rank 16 on all seven projections, as many requests at
 once as there are slots, each with its own prompt, greedy; adapters are dealt to requests in turn. Every figure is beside
-the same engine without adapters. `bound` is the share of base-only throughput that is left if a step is nothing but
-reading weights, keys and values, and each adapter in use once.
+the same engine without adapters. `prompt_tokens_per_s` is of prompts alone, all slots at once; `bound` is the share of
+base-only throughput that is left if a step is nothing but reading weights, keys and values, and each adapter in use
+once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from veneer.serve import Engine, Registry, Request, Sampling
-from veneer.serve.content import Content
+from veneer.serve import Engine, Registry, Request, Sampling, static
+from veneer.serve.stored import STILL
 
 LINEARS = (
     "self_attn.q_proj",
@@ -82,7 +84,7 @@ def add_copies(registry: Registry, count: int) -> None:
     """More adapters with the factors of the first: other places on the device, and one copy in host memory."""
     first = registry._names["a0"]
     for n in range(1, count):
-        content = Content(f"copy {n}", first.path, first.shapes, first.itemsize, first.host)
+        content = replace(first, hash=f"copy {n}", on_device=False, users=0)
         registry._names[f"a{n}"] = content
         registry._contents.add(content)
 
@@ -92,7 +94,9 @@ class Bench:
         self.o, self.most = o, max(o.counts)
         self.model = build(o)
         self.registry = Registry(self.model, allowed=[folder], device_slots=max(self.most, o.slots), host_slots=10_000)
-        self.registry.load("a0", write_adapter(folder / "a0", self.model, o.rank))
+        path = write_adapter(folder / "a0", self.model, o.rank)
+        time.sleep(STILL)  # as files that were not written just now
+        self.registry.load("a0", path)
         add_copies(self.registry, self.most + 16)  # some more than the device has room for
         self.engine = Engine(
             self.model, build_tokenizer(), self.registry, slots=o.slots, context=o.context, queue=4 * o.slots
@@ -107,11 +111,11 @@ class Bench:
         return [(n * max(1, adapters // self.o.slots) + shift) % max(adapters, 1) for n in range(self.o.slots)]
 
     def place(self, adapters: int) -> None:
-        """Bring adapters to the device, by asking each for a token."""
-        missing = [n for n in range(adapters) if not self.registry._names[f"a{n}"].on_device]
-        for start in range(0, len(missing), self.o.slots):
-            for ticket in [self.ask(n, f"a{n}", 1, 1) for n in missing[start : start + self.o.slots]]:
-                list(ticket)
+        """Bring adapters to the device; only while the engine rests, whose thread does it otherwise."""
+        pool = self.engine.runner.pool
+        for n in range(adapters):
+            pool.release(pool.acquire(self.registry._names[f"a{n}"]))
+        wait(self.o)
 
     def ask(self, n: int, adapter: str | None, new: int, length: int = 0) -> Any:
         generator = torch.Generator().manual_seed(n)
@@ -133,6 +137,14 @@ class Bench:
         seconds = time.perf_counter() - began
         interval = (metrics.interval.sum - before[0]) / max(1, sum(metrics.interval.counts) - before[1])
         return {"tokens_per_s": self.o.slots * new / seconds, "ms_between_tokens": 1000 * interval}
+
+    def prompts(self, adapters: int) -> float:
+        """Tokens of prompts in a second, all slots at once, each with an answer of one token."""
+        self.engine.slots.forget()
+        began = time.perf_counter()
+        for ticket in [self.ask(n, f"a{a}" if adapters else None, 1) for n, a in enumerate(self.dealt(adapters))]:
+            list(ticket)
+        return self.o.slots * self.o.prompt / (time.perf_counter() - began)
 
     def first_token(self, adapter: str | None) -> float:
         self.engine.slots.forget()
@@ -172,12 +184,13 @@ def wait(o: argparse.Namespace) -> None:
 
 def throughput(bench: Bench, count: int) -> dict[str, Any]:
     bench.place(count)
-    bench.mixed(0, bench.o.new), bench.mixed(count, bench.o.new)  # all there is to capture, compile and allocate
+    bench.mixed(0, 4), bench.mixed(count, 4)  # whatever is still to be captured, compiled and allocated
     base, mixed = [], []
     for shift in range(bench.o.repeats):
         base.append(bench.mixed(0, bench.o.new))
         mixed.append(bench.mixed(count, bench.o.new, shift))
     middle = lambda runs, key: statistics.median(run[key] for run in runs)  # noqa: E731
+    prompts = [[bench.prompts(n) for n in (count, 0)] for _ in range(3)]
     step, plain = bench.steps(count), bench.steps(0)
     return {
         "adapters": count,
@@ -186,6 +199,8 @@ def throughput(bench: Bench, count: int) -> dict[str, Any]:
         "share_of_base": round(middle(mixed, "tokens_per_s") / middle(base, "tokens_per_s"), 3),
         "ms_between_tokens": round(middle(mixed, "ms_between_tokens"), 3),
         "base_ms_between_tokens": round(middle(base, "ms_between_tokens"), 3),
+        "prompt_tokens_per_s": round(statistics.median(mine for mine, _ in prompts)),
+        "base_prompt_tokens_per_s": round(statistics.median(base for _, base in prompts)),
         "step_ms": round(step, 3),
         "base_step_ms": round(plain, 3),
         "step_share_of_base": round(plain / step, 3),
@@ -194,8 +209,9 @@ def throughput(bench: Bench, count: int) -> dict[str, Any]:
 
 
 def cold(bench: Bench) -> dict[str, Any]:
-    """First token of one request alone: the base, an adapter on the device, one in host memory, one on disk."""
+    """First token of one request alone: an adapter on the device, one in host memory, one on disk; the base."""
     bench.first_token("a0"), bench.first_token(None)
+    base = [bench.first_token(None) for _ in range(5)]
     warm = [bench.first_token("a0") for _ in range(5)]
     host = [bench.first_token(f"a{bench.most + n}") for n in range(5)]  # never asked for before
     disk, content = [], bench.registry._names["a0"]
@@ -204,15 +220,18 @@ def cold(bench: Bench) -> dict[str, Any]:
         other = bench.registry._names[name]
         other.host, other.hash = None, content.hash  # as the tier below host leaves it; read from a0's files
         disk.append(bench.first_token(name))
+        other.host = None  # its memory is the next one's, as where the host tier is full
     there = [name for name, content in bench.registry._names.items() if content.on_device]
     busy = [bench.ask(n, there[n % len(there)], bench.o.new) for n in range(bench.o.slots // 2)]
     under_load = {"warm": bench.first_token("a0"), "cold": bench.first_token(f"a{bench.most + 8}")}
     for ticket in busy:
         list(ticket)
-    figures = {"warm": statistics.median(warm), "host": statistics.median(host), "disk": statistics.median(disk)}
+    figures = {"base": statistics.median(base), "disk_first": disk[0]}
+    figures |= {"warm": statistics.median(warm), "host": statistics.median(host), "disk": statistics.median(disk)}
     figures |= {f"{key}_under_load": value for key, value in under_load.items()}
     return {f"first_token_ms_{key}": round(value, 2) for key, value in figures.items()} | {
-        "cold_minus_warm_ms": round(figures["host"] - figures["warm"], 2)
+        "cold_minus_warm_ms": round(figures["host"] - figures["warm"], 2),
+        "disk_minus_warm_ms": round(figures["disk"] - figures["warm"], 2),
     }
 
 
@@ -242,9 +261,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--counts", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64, 512])
-    parser.add_argument("--limit-seconds", type=float, default=110)
+    parser.add_argument("--no-overlap", action="store_true", help="shrinks after the base's products, not beside them")
+    parser.add_argument("--limit-seconds", type=float, default=80)
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
+    static.OVERLAP = not o.no_overlap
     began = time.perf_counter()
     name = torch.cuda.get_device_name(0) if o.device.startswith("cuda") else "cpu"
     record: dict[str, Any] = {
@@ -263,8 +284,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(o, Path(folder))
         note({"case": "ready", "adapter_mib": round(bench.registry.info("a0").bytes / 2**20, 1)})
+        bench.first_token(None)
+        note({"case": "prepared"})  # kernels compiled, graphs captured
         jobs = [(f"{count} adapters", lambda count=count: throughput(bench, count)) for count in o.counts]
-        jobs.insert(max(1, len(jobs) - 1), ("cold", lambda: cold(bench)))  # the most adapters take longest to bring
+        jobs.insert(0, ("cold", lambda: cold(bench)))  # while places are empty
         for case, job in jobs:
             if time.perf_counter() - began > o.limit_seconds:
                 note({"case": case, "error": "no time left"})

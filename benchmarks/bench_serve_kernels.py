@@ -29,8 +29,8 @@ SHAPES = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (
 CHANGES = {
     "shrink": [{}, *({"share": n << 10} for n in (16, 64)), *({"stage": n << 10} for n in (8, 32)),
                *({"shrink_warps": n} for n in (2, 8)), *({"stages": n} for n in (2, 4))],
-    "expand": [{}, *({"columns": n} for n in (128, 512)), *({"expand_warps": n} for n in (2, 8)),
-               {"columns": 512, "expand_warps": 8}, {"columns": 128, "expand_warps": 2}],
+    "expand": [{}, *({"columns": n} for n in (128, 256)), *({"expand_warps": n} for n in (2, 8)),
+               {"columns": 256, "expand_warps": 2}, {"columns": 1024, "stage": 32768, "expand_warps": 8}],
 }  # fmt: skip
 
 

@@ -7,7 +7,15 @@ import random
 import pytest
 import torch
 from serve.served import Alone, ask, engine_of, read, write
-from serve.test_grouped import check_neighbours, check_update, factors, loops, served_inputs
+from serve.test_grouped import (
+    check_neighbours,
+    check_pieces,
+    check_prompt_update,
+    check_update,
+    factors,
+    loops,
+    served_inputs,
+)
 
 from conftest import CORPUS, tiny_llama
 from veneer.kernels import grouped, served
@@ -52,6 +60,18 @@ def test_attention_over_slots_is_its_twin(dtype, K, G, D, C, window):
     assert (got.float() - twin.float()).abs().max() <= (1e-4 if dtype == torch.float32 else 2e-2)
 
 
+@DTYPES
+@pytest.mark.parametrize("K, G, D, C", [(2, 3, 12, 162), (8, 4, 128, 2048), (1, 8, 256, 300)])
+@pytest.mark.parametrize("window", [None, 9])
+def test_attention_of_prompts_is_its_definition(dtype, K, G, D, C, window):
+    check_pieces(1e-4 if dtype == torch.float32 else 2e-2, dtype, "cuda", K, G, D, C, window)
+
+
+@DTYPES
+def test_updates_of_prompts_are_their_definition(dtype):
+    check_prompt_update(1e-5 if dtype == torch.float32 else 1e-2, dtype, "cuda")
+
+
 def test_grouped_lora_in_one_product():
     A, B, s = factors([3, 17, 16, 5], 64, 72, torch.bfloat16)
     A, B = ([t.detach().cuda().requires_grad_() for t in part] for part in (A, B))
@@ -80,7 +100,7 @@ def test_captured_steps_answer_as_each_adapter_alone(tokenizer, tmp_path):
         asked.append((stack, text, new, ask(engine, text, new, stack)))
     for stack, text, new, ticket in asked:
         assert read(ticket) == alone(stack, text, new)
-    assert engine.runner.captures and any(room for _, room in engine.runner.steps)
+    assert engine.runner.captures and any(room and step.graph for (*_, room), step in engine.runner.steps.items())
     engine.shutdown(5)
 
 
@@ -91,5 +111,16 @@ def test_rows_without_an_adapter_are_bit_equal_to_the_base(tokenizer, tmp_path):
     rows = [(0, 5, 7, ()), (1, 5, 8, ((0, 1.0),)), (2, 5, 9, ())]
     mixed = engine.runner.tokens(rows).clone()
     plain = engine.runner.tokens([(slot, at, token, ()) for slot, at, token, _ in rows]).clone()
+    assert torch.equal(mixed[[0, 2]], plain[[0, 2]]) and not torch.equal(mixed[1], plain[1])
+    engine.shutdown(5)
+
+
+def test_captured_prompts_without_an_adapter_are_bit_equal_to_the_base(tokenizer, tmp_path):
+    write(tmp_path / "a", 1)
+    engine, _ = engine_of(tokenizer, tmp_path, tiny_llama().cuda().bfloat16(), adapters="a", slots=4)
+    read(ask(engine, "warm", 2, [("a", 1.0)]))
+    pieces = [(0, 0, list(range(1, 90)), ()), (1, 0, list(range(5, 40)), ((0, 1.0),)), (2, 0, [9, 8, 7], ())]
+    mixed = engine.runner.prompts(pieces, [True] * 3).clone()
+    plain = engine.runner.prompts([(*piece[:3], ()) for piece in pieces], [True] * 3)
     assert torch.equal(mixed[[0, 2]], plain[[0, 2]]) and not torch.equal(mixed[1], plain[1])
     engine.shutdown(5)

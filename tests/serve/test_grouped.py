@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.kernels import dispatch, grouped, reference, served
+from veneer.kernels import dispatch, grouped, reference, served, served_prompts
 from veneer.kernels.served import ROWS
 from veneer.serve.pool import Stack
 from veneer.serve.routing import Rows, Segments, plan_rows
@@ -179,16 +179,67 @@ def test_the_twins_of_the_served_step_are_its_definition():
             assert (got[b] - torch.einsum("kgc,kcd->kgd", p, v)).abs().max() < 1e-5
 
 
+PIECES = [(2, 0, 70), (0, 5, 1), (3, 61, 67), (1, 129, 33)]
+"""(slot, position of the first token, tokens): whole prompts, a single token, later chunks."""
+
+
+def check_pieces(tolerance, dtype=torch.float32, device="cpu", K=2, G=3, D=12, C=162, window=None):
+    """Attention of pieces is softmax over each slot's own keys up to each row's position; padding's rows are zeros."""
+    g, rows = torch.Generator().manual_seed(0), sum(count for *_, count in PIECES)
+    q = torch.randn(rows + 5, K * G, D, generator=g).to(device, dtype)
+    keys, values = (torch.randn(4, K, C, D, generator=g).to(device, dtype) for _ in range(2))
+    tiles = served_prompts.piece_tiles(PIECES, served_prompts.most_tiles(rows + 5, 4, served_prompts.QUERIES))
+    got, start = served_prompts.attend_pieces(q, keys, values, tiles.to(device), 0.3, window), 0
+    for slot, first, count in PIECES:
+        position, n = first + torch.arange(count, device=device)[:, None], torch.arange(first + count, device=device)
+        unseen = (n > position) | (n <= position - (window or C))
+        k, v = (t[slot, :, : first + count].double().repeat_interleave(G, 0) for t in (keys, values))
+        scores = (torch.einsum("thd,hnd->htn", q[start : start + count].double(), k) * 0.3).masked_fill(unseen, -1e9)
+        truth = torch.einsum("htn,hnd->thd", scores.softmax(-1), v)
+        assert (got[start : start + count] - truth).abs().max() <= tolerance * truth.abs().max()
+        start += count
+    assert not got[rows:].any()
+
+
+def check_prompt_update(tolerance, dtype=torch.float32, device="cpu"):
+    """Many rows of an adapter in larger tiles: the update is that of single rows, whatever else is in the pass."""
+    runs = [(0, 70, [2]), (70, 71, [0, 2]), (71, 138, []), (138, 171, [1, 1])]
+    where = [places for start, end, places in runs for _ in range(start, end)] + [[]] * 5
+    x, A, B, y, _, _, _ = served_inputs(dtype, device, rows=len(where))
+    weights = torch.rand(len(where), 2, generator=torch.Generator().manual_seed(1)).to(device)
+    count = served_prompts.most_tiles(len(where), len(runs), served_prompts.ROWS)
+    tiles = served_prompts.use_tiles(runs, 2, count).to(device)
+    assert [[p for p in places if p >= 0] for places in served.places_of(tiles, len(where)).tolist()] == where
+    among = check_update(tolerance, x, A, B, y, tiles, weights, where)
+    alone, own = [t.clone() for t in y], served_prompts.use_tiles(runs[:1], 2, count).to(device)
+    served.expand(served.shrink(x, A, own), B, own, weights, alone)
+    assert all(torch.equal(one[:70], all_[:70]) for one, all_ in zip(alone, among))
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_twins_of_prompts_are_their_definition(window):
+    check_pieces(1e-5, window=window)
+    check_prompt_update(1e-5)
+
+
 INTERPRETED = """
 import torch
-from test_grouped import check_neighbours, check_update, served_inputs
-from veneer.kernels import served
+from test_grouped import check_neighbours, check_pieces, check_prompt_update, check_update, served_inputs
+from veneer.kernels import served, served_prompts
 
 assert served._runs(torch.empty(1))
 for sizes in ({}, {"rank": 64, "d_outs": (70,), "uses": 1}, {"rank": 32, "d_outs": (48, 80, 33, 70), "d_in": 1000}):
     check_update(1e-5, *served_inputs(torch.float32, **sizes))
 check_update(2e-3, *served_inputs(torch.float16))
 check_neighbours(*served_inputs(torch.float32, uses=2))
+def bounds(*ends):  # the interpreter's own numbers are arrays of one element, which NumPy 2.4 makes no index of
+    return range(*(end.handle.data.item() if hasattr(end, "handle") else int(end) for end in ends))
+
+served_prompts.range = bounds
+for window in (None, 9):
+    check_pieces(1e-5, window=window)
+check_pieces(2e-3, torch.float16, D=64)
+check_prompt_update(1e-5)
 """
 
 

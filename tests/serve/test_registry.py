@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from serve.served import write
 import veneer
 from conftest import tiny_llama
 from veneer.errors import AdapterFormatError, WrongBaseError
-from veneer.serve import AdapterExists, AdapterRefused, Registry, ServeError, UnknownAdapter
+from veneer.serve import AdapterExists, AdapterRefused, Registry, ServeError, UnknownAdapter, content, stored
 
 
 @pytest.fixture
@@ -155,6 +156,82 @@ def test_host_slots_keep_the_ones_asked_for_last(inside):
     registry.release(held)
     assert [registry.info(name).tier for name in registry.names()] == ["host", "host", "disk", "disk"]
     registry.close()
+
+
+@pytest.fixture
+def again(registry, monkeypatch):
+    """Loads an adapter of files that stand still, drops its factors, and reads them again: (content, hashed or not)."""
+    monkeypatch.setattr(stored, "STILL", 0.0)
+    hashed, whole = [], content._hash
+    monkeypatch.setattr(content, "_hash", lambda adapter: hashed.append(adapter) or whole(adapter))
+
+    def read(change=lambda: None, dtype=torch.float32):
+        registry.dtype = dtype
+        registry.load("a", "a", replace=True)
+        held = registry._names["a"]
+        before, held.host = held.host, None
+        hashed.clear()
+        time.sleep(0.02)  # more than a tick of the file system's clock
+        change()
+        registry._refill(held)
+        assert torch.equal(held.host, before)
+        return bool(hashed)
+
+    return read
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_files_that_are_the_same_are_not_hashed_again(again, inside, monkeypatch, dtype, shift):
+    monkeypatch.setattr(stored, "MOST_PARTS", 3)
+    write(inside / "a", 1 + shift, rank=3 + shift)
+    assert not again(dtype=dtype) and not again(dtype=dtype)
+
+
+def test_files_that_may_have_changed_are_hashed_again(again, inside, monkeypatch):
+    file = inside / "a" / "adapter_model.safetensors"
+    assert again(file.touch) and again((inside / "a" / "adapter_config.json").touch)
+    monkeypatch.setattr(stored, "STILL", 3600.0)
+    assert again()
+
+
+def test_a_change_that_hides_its_time_is_refused(again, inside):
+    file = inside / "a" / "adapter_model.safetensors"
+
+    def change():
+        times = file.stat()
+        with open(file, "r+b") as handle:
+            handle.seek(-4, os.SEEK_END)
+            handle.write(b"\0\0\0\1")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    with pytest.raises(AdapterRefused, match="load it again"):
+        again(change)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_change_during_reading_is_seen(again, inside, monkeypatch, replaced):
+    """Another directory in its place, or other bytes in the file."""
+    whole, file = stored._read_into, inside / "a" / "adapter_model.safetensors"
+
+    def read_and_change(*arguments):
+        whole(*arguments)
+        if replaced:
+            write(inside / "a", 7)
+        else:
+            with open(file, "r+b") as handle:
+                handle.seek(-4, os.SEEK_END)
+                handle.write(b"\0\0\0\1")
+
+    monkeypatch.setattr(stored, "_read_into", read_and_change)
+    with pytest.raises(AdapterRefused, match="load it again"):
+        again()
+
+
+def test_a_file_that_became_shorter_is_refused(again, inside):
+    file = inside / "a" / "adapter_model.safetensors"
+    with pytest.raises((AdapterRefused, AdapterFormatError)):
+        again(lambda: os.truncate(file, file.stat().st_size // 2))
 
 
 def test_a_model_with_adapters_is_refused(inside):

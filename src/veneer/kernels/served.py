@@ -1,17 +1,19 @@
-"""Triton kernels of a served decoding step: each row's adapters, and attention over slots. All shapes are fixed.
+"""Triton kernels of a served pass over the model: each row's adapters, and attention over slots. All shapes are fixed.
 
-They read what to do (tiles, slots, positions) from device memory, so that a captured CUDA graph of a step serves any
-adapters and any lengths. A tile is a place of the pool and up to 16 rows that use it: its factors are read once for all
-of them, and a row's sums have one order whatever else is in its tile. Their definitions in plain torch are
-`shrink_twin`, `expand_twin` and `attend_twin`.
+They read what to do (tiles, slots, positions) from device memory, so that a captured CUDA graph of a pass serves any
+adapters and any lengths. A tile is a place of the pool and up to M rows that use it: its factors are read once for all
+of them, and a row's sums have one order whatever else is in its tile. Rows are one token of an answer each (`attend`),
+or pieces of prompts one after another (`served_prompts.attend_pieces`). The definitions in plain torch are `shrink_twin`,
+`expand_twin` and `attend_twin`.
 
-Legend: B rows, U uses (adapters a row may stack), I input width, O output width, R rank, W = targets of a group · R,
-P places, N splits of a sum, S slots, C context, K key heads, G queries of a key head, D head width.
+Legend: B rows, U uses (adapters a row may stack), N tiles of a use, M rows of a tile, I input width, O output width,
+R rank, W = targets of a group · R, P places, S slots, C context, K key heads, G queries of a key head, D head width.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ except ImportError:
 
 
 ROWS = 16
-"""Rows of one adapter that a program takes together: the least that a product on tensor cores has."""
+"""Rows of one adapter that a program takes together in a decoding step: the least of a product on tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Sizes:
 
     share: int = 32768
     stage: int = 16384
-    columns: int = 256
-    """Outputs of an expand's program."""
+    columns: int = 512
+    """Outputs of an expand's program with 16 rows, half as many with 32."""
     shrink_warps: int = 4
     expand_warps: int = 4
     stages: int = 3
@@ -46,16 +48,23 @@ class Sizes:
 SIZES = Sizes()
 
 
+COUNTS = ("use", "uses", "rows", "count", "entries")
+"""What differs from batch to batch: compiled once for all values, not again for 1 and for multiples of 16."""
+
+
 def _jit(function):
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    counts = [name for name in signature(function).parameters if name in COUNTS]
+    return triton.jit(do_not_specialize=counts)(function)
 
 
 @_jit
-def _shrink(x, A, tiles, hidden, entries, rows, I, W, SHARE: tl.constexpr, M: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr):  # fmt: skip # noqa: E501
-    tile, split = tl.program_id(0), tl.program_id(1)  # tile counts uses and their tiles
+def _shrink(x, A, tiles, hidden, count, entries, rows, I, W, SHARE: tl.constexpr, M: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr):  # fmt: skip # noqa: E501
+    split, tile = tl.program_id(0), tl.program_id(1)  # tile counts uses and their tiles; the first start first
     place = tl.load(tiles + tile * (M + 1)).to(tl.int64)
+    row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)  # on its way while place is looked at
     if place >= 0:
-        row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)
         there, w = row >= 0, tl.program_id(2) * BW + tl.arange(0, BW)
         total = tl.zeros((M, BW), tl.float32)
         for start in range(0, SHARE, BI):
@@ -64,13 +73,16 @@ def _shrink(x, A, tiles, hidden, entries, rows, I, W, SHARE: tl.constexpr, M: tl
             v = tl.load(x + row[:, None] * I + i[None, :], mask=seen, other=0.0)
             a = tl.load(A + place * I * W + i[:, None] * W + w[None, :], mask=inside, other=0.0)
             total = tl.dot(v, a, total, input_precision="ieee")
-        entry = split * entries + tile // rows * rows + row
+        entry = split * entries + tile // count * rows + row
         tl.store(hidden + entry[:, None] * W + w[None, :], total, mask=there[:, None] & (w[None, :] < W))
 
 
 @_jit
 def _expand_block(hidden, B, weights, y, place, row, use, entries, rows, uses, block, O, W, offset, SPLITS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
     there, o = row >= 0, block * BO + tl.arange(0, BO)
+    out, inside = y + row[:, None] * O + o[None, :], there[:, None] & (o[None, :] < O)
+    before = tl.load(out, mask=inside, other=0.0)  # asked for first: it is on its way during the product
+    weight = tl.load(weights + row * uses + use, mask=there, other=0.0)
     total = tl.zeros((M, BO), tl.float32)
     for start in range(0, R, BR):
         r = start + tl.arange(0, BR)
@@ -80,18 +92,15 @@ def _expand_block(hidden, B, weights, y, place, row, use, entries, rows, uses, b
         for split in tl.static_range(SPLITS):
             h += tl.load(at + split * entries * W, mask=there[:, None], other=0.0)
         total = tl.dot(h.to(b.dtype), b, total, input_precision="ieee")
-    weight = tl.load(weights + row * uses + use, mask=there, other=0.0)
-    out, inside = y + row[:, None] * O + o[None, :], there[:, None] & (o[None, :] < O)
-    before = tl.load(out, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out, (before + weight[:, None] * total).to(y.dtype.element_ty), mask=inside)
+    tl.store(out, (before.to(tl.float32) + weight[:, None] * total).to(y.dtype.element_ty), mask=inside)
 
 
 @_jit
-def _expand(hidden, B0, B1, B2, tiles, weights, y0, y1, y2, use, entries, rows, uses, O0, O1, O2, W, offset, SPLITS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
-    tile, block = use * rows + tl.program_id(0), tl.program_id(1)  # block counts the blocks of all targets
+def _expand(hidden, B0, B1, B2, tiles, weights, y0, y1, y2, use, count, entries, rows, uses, O0, O1, O2, W, offset, SPLITS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+    block, tile = tl.program_id(0), use * count + tl.program_id(1)  # block counts the blocks of all targets
     place = tl.load(tiles + tile * (M + 1)).to(tl.int64)
+    row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)
     if place >= 0:
-        row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)
         n0, n1 = tl.cdiv(O0, BO), tl.cdiv(O1, BO)
         if block < n0:
             _expand_block(hidden, B0, weights, y0, place, row, use, entries, rows, uses, block, O0, W, offset, SPLITS, R, M, BR, BO)  # fmt: skip # noqa: E501
@@ -181,20 +190,21 @@ def tile_rows(rows: Sequence[Sequence[int]], uses: int) -> list[int]:
 def shrink(x: Tensor, A: Tensor, tiles: Tensor, sizes: Sizes = SIZES) -> Tensor:
     """h[n,u,b,w] = Σ_{i in part n} x[b,i] A[p,i,w] with p the place of row b's use u in `tiles`.
 
-    x (B, I), A (P, I, W), tiles (U, B, 1 + ROWS) int64 → (N, U, B, W) float32. What no tile names is left as it is:
+    x (B, I), A (P, I, W), tiles (U, N, 1 + M) int64 → (splits, U, B, W) float32. What no tile names is left as it is:
     nothing reads it.
     """
     if not _runs(x):
         return shrink_twin(x, A, tiles)
-    (rows, width), (_, _, W), uses = x.shape, A.shape, tiles.shape[0]
+    (rows, width), (_, _, W), (uses, count, M) = x.shape, A.shape, tiles.shape
+    M -= 1
     BW = min(64, max(16, _power(W)))
     BI = min(256, max(16, sizes.stage // (BW * A.element_size())))
-    wanted = min(16, -(-width * min(W, BW) * A.element_size() // sizes.share))
+    wanted = min(16 * ROWS // M, -(-width * min(W, BW) * A.element_size() // sizes.share))
     share = -(-width // (wanted * BI)) * BI
     parts = -(-width // share)
     hidden = torch.empty(parts, uses, rows, W, dtype=torch.float32, device=x.device)
-    _shrink[(uses * rows, parts, -(-W // BW))](
-        x, A, tiles, hidden, uses * rows, rows, width, W, share, ROWS, BI, BW,
+    _shrink[(parts, uses * count, -(-W // BW))](
+        x, A, tiles, hidden, count, uses * rows, rows, width, W, share, M, BI, BW,
         num_warps=sizes.shrink_warps, num_stages=sizes.stages,
     )  # fmt: skip
     return hidden
@@ -205,23 +215,24 @@ def expand(
 ) -> None:
     """y[t][b,o] += weights[b,u] Σ_r (Σ_n h[n,u,b,t·R+r]) B[t][p,r,o] for u = 0, 1, …, in place, for all targets t.
 
-    hidden (N, U, B, n·R) float32, n B's of (P, R, O_t), tiles (U, B, 1 + ROWS), weights (B, U) float32, y's (B, O_t).
+    hidden (splits, U, B, n·R) float32, n B's of (P, R, O_t), tiles (U, N, 1 + M), weights (B, U) float32, y's (B, O_t).
     Rows that no tile names are not touched. R is a power of two, at least 16.
     """
     if not _runs(y[0]):
         return expand_twin(hidden, B, tiles, weights, y)
-    (parts, uses, rows, W), rank = hidden.shape, B[0].shape[1]
+    (parts, uses, rows, W), rank, (_, count, M) = hidden.shape, B[0].shape[1], tiles.shape
+    M -= 1
     BR = min(64, rank)
-    BO = min(sizes.columns, max(32, sizes.stage // (BR * B[0].element_size())))
+    BO = max(32, min(sizes.columns * ROWS // M, sizes.stage // (BR * B[0].element_size())))
     for first in range(0, len(B), 3):
         b, out = list(B[first : first + 3]), list(y[first : first + 3])
         widths = [t.shape[1] for t in out] + [0] * (3 - len(out))
         blocks = sum(-(-width // BO) for width in widths)
         b, out = (t + [t[0]] * (3 - len(t)) for t in (b, out))  # no block is a filler's
         for use in range(uses):
-            _expand[(rows, blocks)](
-                hidden, *b, tiles, weights, *out, use, uses * rows, rows, uses, *widths, W, first * rank,
-                parts, rank, ROWS, BR, BO, num_warps=sizes.expand_warps,
+            _expand[(blocks, count)](
+                hidden, *b, tiles, weights, *out, use, count, uses * rows, rows, uses, *widths, W, first * rank,
+                parts, rank, M, BR, BO, num_warps=sizes.expand_warps,
             )  # fmt: skip
 
 
@@ -249,8 +260,8 @@ def attend(
 
 
 def places_of(tiles: Tensor, rows: int) -> Tensor:
-    """tiles (U, B, 1 + ROWS) → each row's places (B, U), -1 for none."""
-    owners, places = tiles[..., 1:].flatten(1), tiles[..., :1].expand(-1, -1, ROWS).flatten(1)
+    """tiles (U, N, 1 + M) → each row's places (B, U), -1 for none."""
+    owners, places = tiles[..., 1:].flatten(1), tiles[..., :1].expand(-1, -1, tiles.shape[2] - 1).flatten(1)
     found = tiles.new_full((tiles.shape[0], rows + 1), -1)  # one more for those that are no row's
     return found.scatter_(1, torch.where(owners < 0, rows, owners), places)[:, :rows].t()
 

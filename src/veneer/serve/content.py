@@ -15,6 +15,7 @@ from veneer.errors import AdapterFormatError
 from veneer.formats.adapter_file import AdapterFile, Factors, read_adapter
 from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS
 from veneer.serve.errors import AdapterRefused
+from veneer.serve.stored import Stored, stamps_of
 
 CONFIG_BYTES = 4 << 20
 """More than any adapter_config.json or veneer.json needs."""
@@ -24,15 +25,20 @@ CONFIG_BYTES = 4 << 20
 class Content:
     """One adapter's factors. `shapes` maps target → (d_in, rank, d_out).
 
-    `host` is one flat tensor, target after target Aᵀ (d_in, rank) and then s·Bᵀ (rank, d_out) in the model's dtype, or
-    None where they are on disk alone. `users` counts requests in flight, `named` says whether a name points here still.
+    `host` is one flat tensor, target after target A (rank, d_in) and then s·B (d_out, rank) in the model's dtype, or
+    None where they are on disk alone. On a GPU, which transposes in no time, these are as in the files, and pinned;
+    elsewhere (`turned`) transposed, as the pool has them. `users` counts requests in flight, `named` says whether a name
+    points here still, `stored` where they can be read again from files that are known to be the same.
     """
 
     hash: str
     path: Path
     shapes: dict[str, tuple[int, int, int]]
+    scalings: dict[str, float]
     itemsize: int
+    turned: bool
     host: Tensor | None = None
+    stored: Stored | None = None
     pinned: bool = False
     users: int = 0
     named: bool = True
@@ -57,10 +63,34 @@ class Content:
 
     def factors(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Views of (Aᵀ, s·Bᵀ) by target into `host`, or into a copy of it elsewhere."""
+        return self._views(flat, self.turned)
+
+    def pack(self, flat: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `host` is, from all A (rank, d_in) and B (d_out, rank) as they are stored; `flat` may be overwritten."""
+        flat = flat if flat.dtype == dtype else flat.to(torch.promote_types(dtype, torch.float32))
+        stored = self._views(flat, False)
+        for path, (_, b) in stored.items():
+            if self.scalings[path] != 1:
+                b.mul_(self.scalings[path])
+        if not self.turned:
+            ready = flat.dtype == dtype and flat.is_pinned()
+            return flat if ready else torch.empty_like(flat, dtype=dtype, pin_memory=True).copy_(flat)
+        host = torch.empty_like(flat, dtype=dtype)
+        for path, pair in self._views(host, True).items():
+            for new, old in zip(pair, stored[path]):
+                new.copy_(old)
+        return host
+
+    def _views(self, flat: Tensor, turned: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """(Aᵀ, Bᵀ) by target, of a tensor that holds them so (`turned`) or as A and B."""
         found, at = {}, 0
         for path, (d_in, rank, d_out) in self.shapes.items():
             middle, end = at + d_in * rank, at + (d_in + d_out) * rank
-            found[path] = flat[at:middle].view(d_in, rank), flat[middle:end].view(rank, d_out)
+            a, b = flat[at:middle], flat[middle:end]
+            if turned:
+                found[path] = a.view(d_in, rank), b.view(rank, d_out)
+            else:
+                found[path] = a.view(rank, d_in).t(), b.view(d_out, rank).t()
             at = end
         return found
 
@@ -85,23 +115,30 @@ def read_content(
     Raises `AdapterFormatError` (damaged, does not fit) and `AdapterRefused` (more than lora_A and lora_B on linears, or
     a rank above `max_rank`).
     """
+    stamps = stamps_of(path) if (path / CONFIG).exists() and (path / TENSORS).exists() else None
     adapter = read_adapter(path)
     _check_plain(adapter)
     for name, f in adapter.layers.items():
         _check_fits(name, f, targets, max_rank)
     shapes = {name: (f.lora_A.shape[1], f.rank, f.lora_B.shape[0]) for name, f in adapter.layers.items()}
-    content = Content(_hash(adapter), path, shapes, dtype.itemsize)
-    host = torch.empty(content.bytes // dtype.itemsize, dtype=dtype, pin_memory=pin)
-    for name, (a, b) in content.factors(host).items():
-        f = adapter.layers[name]
-        a.copy_(f.lora_A.t())
-        b.copy_(
-            f.lora_B.t() if f.scaling == 1 else f.lora_B.t().to(torch.promote_types(dtype, torch.float32)) * f.scaling
-        )
+    scalings = {name: f.scaling for name, f in adapter.layers.items()}
+    content = Content(_hash(adapter), path, shapes, scalings, dtype.itemsize, not pin)
+    parts = [factor.flatten() for f in adapter.layers.values() for factor in (f.lora_A, f.lora_B)]
+    host = content.pack(torch.cat(parts), dtype)
     if not host.isfinite().all():
         raise AdapterFormatError(f"the adapter has values that {dtype} cannot hold: serve the base in another dtype")
-    content.host = host
+    content.host, content.stored = host, Stored.find(path, stamps, list(shapes)) if stamps else None
     return content
+
+
+def read_again(content: Content, dtype: torch.dtype) -> Tensor | None:
+    """A content's `host` from its files without hashing them; None if they are not known to be the same (`stored`)."""
+    stored = content.stored
+    if stored is None:
+        return None
+    ready = stored.dtype == dtype and not content.turned
+    flat = torch.empty(content.bytes // content.itemsize, dtype=stored.dtype, pin_memory=ready)
+    return content.pack(flat, dtype) if stored.read(content.path, flat) else None
 
 
 def _check_plain(adapter: AdapterFile) -> None:

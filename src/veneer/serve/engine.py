@@ -7,13 +7,11 @@ import math
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from veneer.base.generate import end_tokens
@@ -22,10 +20,10 @@ from veneer.kernels.served_check import sound
 from veneer.serve.errors import Overloaded, PromptTooLong, ServeError
 from veneer.serve.metrics import Metrics
 from veneer.serve.registry import Registry
-from veneer.serve.request import Piece, Request, Sampling, Ticket, TokenLogprob
+from veneer.serve.request import Piece, Request, Sampling, Ticket
 from veneer.serve.runner import Runner
-from veneer.serve.sampling import choose, logprobs
-from veneer.serve.slots import Running, Slots
+from veneer.serve.slots import Running, Slots, shares
+from veneer.serve.step import Step, choose_tokens
 from veneer.serve.text import StopFilter, TextStream
 
 __all__ = ["Engine", "Piece", "Request", "Sampling", "Ticket"]
@@ -34,6 +32,8 @@ MOST_ADAPTERS = 8
 """In one request."""
 CHUNK = {"cpu": 64, "cuda": 1024}
 """Tokens of prompts in one pass while answers are being written; they wait for it."""
+LEAST = {"cpu": 16, "cuda": 256}
+"""Tokens of a prompt in one pass, unless it ends: fewer prompts at a time are ready sooner than all of them together."""
 
 
 class Engine:
@@ -60,7 +60,7 @@ class Engine:
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.runner = self._runner(registry)(model, registry, slots, self.context)
         self.slots, self.metrics = Slots(slots), Metrics()
-        self.chunk = CHUNK.get(registry.device.type, 256)
+        self.chunk, self.least = (sizes.get(registry.device.type, 256) for sizes in (CHUNK, LEAST))
         self._waiting: list[Running] = []
         self._filling: list[Running] = []
         self._writing: list[Running] = []
@@ -69,7 +69,7 @@ class Engine:
         self._in_flight = 0
         self._ids = itertools.count(1)
         self._stop_at: float | None = None
-        self._step: _Step | None = None
+        self._step: Step | None = None
         """A step that is begun and not settled."""
         self._thread: Thread | None = None
 
@@ -260,17 +260,12 @@ class Engine:
         running.places.clear()
 
     def _fill(self) -> bool:
-        """Run a chunk of the prompts at work, a fair share of each; those that end get their first token."""
+        """Run a chunk of the prompts at work, a share of each (`slots.shares`); those that end get their first token."""
         if not self._filling:
             return False
-        budget = self.chunk if self._writing else 4 * self.chunk
-        share = max(16, budget // len(self._filling))
-        chosen = []
-        for running in self._filling:
-            count = min(running.prompt - running.filled, share, budget)
-            if count:
-                chosen.append((running, count))
-                budget -= count
+        budget = self.chunk if self._writing else min(4 * self.chunk, self.runner.most)
+        counts = shares([running.prompt - running.filled for running in self._filling], budget, self.least)
+        chosen = [one for one in zip(self._filling, counts) if one[1]]
         chosen.sort(key=lambda one: one[0].uses)
         pieces = [(r.slot, r.filled, r.tokens[r.filled : r.filled + count], r.uses) for r, count in chosen]
         ended = [r.filled + count == r.prompt for r, count in chosen]
@@ -283,7 +278,7 @@ class Engine:
                 self._filling.remove(running)
                 self._writing.append(running)
             if done:
-                self._settle(self._choose(done, logits))
+                self._settle(choose_tokens(done, logits))
         return True
 
     def _write(self) -> bool:
@@ -317,28 +312,13 @@ class Engine:
             s.grammar is None and s.logprobs is None and r.answered + 1 < s.max_tokens for r, s in zip(rows, rules)
         )
 
-    def _begin(self, rows: list[Running], ahead: Tensor | None) -> _Step:
+    def _begin(self, rows: list[Running], ahead: Tensor | None) -> Step:
         logits = self.runner.tokens([(r.slot, r.filled, r.tokens[-1], r.uses) for r in rows], ahead)
         for running in rows:
             running.filled += 1
-        return self._choose(rows, logits)
+        return choose_tokens(rows, logits)
 
-    def _choose(self, rows: list[Running], logits: Tensor) -> _Step:
-        """Choose each row's next token from its logits."""
-        rules = [r.ticket.request.sampling for r in rows]
-        with torch.inference_mode():
-            blocked = self._restrict(rows, logits)
-            chosen = choose(logits, rules, [r.draw.random() if s.temperature > 0 else 0.0 for r, s in zip(rows, rules)])
-            notes = logprobs(logits, chosen, [s.logprobs for s in rules])
-            if not chosen.is_cuda:
-                return _Step(rows, chosen, chosen, notes, blocked)
-            host = torch.empty(len(rows), dtype=torch.int64, pin_memory=True)
-            host.copy_(chosen, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        return _Step(rows, chosen, host, notes, blocked, event)
-
-    def _settle(self, step: _Step) -> None:
+    def _settle(self, step: Step) -> None:
         """Hand on the tokens of a step, but those of requests that ended meanwhile."""
         with self._blaming(step.rows):
             if step.event is not None:
@@ -352,23 +332,6 @@ class Engine:
                     self._finish(running, running.stop.add(running.text.rest()) + running.stop.rest(), "stop")
                 else:
                     self._take(running, token, note)
-
-    def _restrict(self, rows: Sequence[Running], logits: Tensor) -> list[Running]:
-        """Apply grammars to the logits, in place. Returns the rows to which nothing is allowed any more."""
-        blocked = []
-        for running, row in zip(rows, logits):
-            grammar = running.ticket.request.sampling.grammar
-            allowed = None if grammar is None else grammar.allowed()
-            if allowed is None:
-                continue
-            mask = torch.as_tensor(allowed)
-            if mask.dtype != torch.bool:
-                mask = torch.zeros(row.shape[0], dtype=torch.bool).index_fill_(0, mask.long(), True)
-            mask = torch.nn.functional.pad(mask[: row.shape[0]], (0, max(0, row.shape[0] - mask.shape[0])))
-            if not mask.any():
-                blocked.append(running)
-            row.masked_fill_(~mask.to(row.device), float("-inf"))
-        return blocked
 
     def _take(self, running: Running, token: int, note: Any) -> None:
         """Add a chosen token to an answer, tell the reader, and end the answer where it ends."""
@@ -413,18 +376,6 @@ class Engine:
 
     def _blaming(self, rows: Sequence[Running]) -> _Blaming:
         return _Blaming(self, list(rows))
-
-
-@dataclass
-class _Step:
-    """Tokens that were chosen for rows, on the device and (once `event` has come) on the host."""
-
-    rows: list[Running]
-    chosen: Tensor
-    host: Tensor
-    notes: list[TokenLogprob | None]
-    blocked: list[Running]
-    event: Any = None
 
 
 class _Blaming:

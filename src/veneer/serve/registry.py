@@ -19,7 +19,7 @@ from veneer.adapter.frozen import place_of, shape_of
 from veneer.base.fingerprint import fingerprint
 from veneer.errors import VeneerError
 from veneer.formats.peft import CONFIG, check_base
-from veneer.serve.content import Content, check_files, read_content
+from veneer.serve.content import Content, check_files, read_again, read_content
 from veneer.serve.errors import AdapterExists, AdapterRefused, ServeError, UnknownAdapter
 from veneer.serve.names import NAME
 
@@ -90,7 +90,8 @@ class Registry:
                 raise AdapterExists(f"an adapter {name!r} is loaded already: unload it, or ask for it to be replaced")
             old = self._names.get(name)
             same = next((c for c in self._contents if c.named and c.hash == content.hash), content)
-            same.host, content = same.host if same.host is not None else content.host, same
+            same.host, same.stored = same.host if same.host is not None else content.host, content.stored
+            content = same
             content.path, content.pinned = where, content.pinned or pinned
             content.used = monotonic()
             self._contents.add(content)
@@ -213,13 +214,16 @@ class Registry:
         """Read a content's factors from disk again; what is there must still be the same."""
         try:
             check_files(content.path, self.allowed, self.max_bytes)
-            again = read_content(content.path, self.targets, self.dtype, self.device.type == "cuda", self.max_rank)
+            host, stored = read_again(content, self.dtype), content.stored
+            if host is None:
+                again = read_content(content.path, self.targets, self.dtype, not content.turned, self.max_rank)
+                if again.hash != content.hash:
+                    raise AdapterRefused("the adapter's files have changed on disk since it was loaded: load it again")
+                host, stored = again.host, again.stored
         except OSError as error:
             raise AdapterRefused(f"the adapter's files cannot be read: {error.strerror}") from None
-        if again.hash != content.hash:
-            raise AdapterRefused("the adapter's files have changed on disk since it was loaded: load it again")
         with self._lock:
-            content.host, content.loading = again.host, None
+            content.host, content.stored, content.loading = host, stored, None
 
     def _forget(self, content: Content) -> None:
         """A name points here no more."""

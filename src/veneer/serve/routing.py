@@ -178,8 +178,9 @@ class GroupState:
         return y
 
     def _outputs(self, x: Tensor, plan: Plan, stack: Stack) -> list[Tensor]:
+        rows = x.reshape(-1, x.shape[-1]).to(stack.A.dtype)
+        hidden = plan.shrink(rows, stack)  # first: it may run beside the base, and reads `rows` until `expand`
         flat = [y.reshape(-1, y.shape[-1]) for y in (layer(x) for layer in self.layers)]
-        hidden = plan.shrink(x.reshape(-1, x.shape[-1]).to(stack.A.dtype), stack)
         plan.expand(hidden, stack, flat)
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in flat]
 

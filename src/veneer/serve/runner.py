@@ -28,6 +28,8 @@ class Runner:
     """Whether a step may be begun before the host has seen the tokens of the one before."""
     power_ranks = False
     """Whether kernels want the pool's rank to be a power of two."""
+    most = 4096
+    """Tokens of prompts in one pass."""
 
     def __init__(self, model: Any, registry: Registry, slots: int, context: int) -> None:
         self.model, self.device = model, registry.device
@@ -134,7 +136,7 @@ class Runner:
         ids, middle = self._sample.tolist(), len(self._sample) // 2
         try:
             self.prompts([(0, 0, ids[:middle], ())], [False])
-            got = [self.prompts([(0, middle, ids[middle:-1], ())], [True])]
+            got = [self.prompts([(0, middle, ids[middle:-1], ())], [True]).clone()]
             got.append(self.tokens([(0, len(ids) - 1, ids[-1], ())]))
         except (TypeError, ValueError, RuntimeError) as error:
             self.close()

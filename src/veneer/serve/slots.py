@@ -129,6 +129,22 @@ class Slots:
         return best, most
 
 
+def shares(rests: Sequence[int], budget: int, least: int) -> list[int]:
+    """How many of the `rests` of prompts (in the order they came) a pass takes, `budget` tokens in all.
+
+    A fair part each, but no less than `least`, so that the last ones may have to wait; what is over goes to the first.
+    """
+    part, found = max(least, budget // len(rests)), []
+    for rest in rests:
+        found.append(min(rest, part, budget))
+        budget -= found[-1]
+    for n, rest in enumerate(rests):
+        more = min(rest - found[n], budget)
+        found[n] += more
+        budget -= more
+    return found
+
+
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the longest common prefix, by halving: comparing lists is quick, walking them is not."""
     low, high = 0, min(len(one), len(other))
