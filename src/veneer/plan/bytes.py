@@ -227,13 +227,15 @@ def optimizer_bytes(profile: Profile, optimizer: str) -> tuple[float, float]:
 
 
 def chunk_bytes(vocabulary: int, tokens: int, each: int, cuda: bool) -> float:
-    """Logits and their gradients of the loss: one chunk of each, and where there are several the last one's gradients."""
+    """Logits and their gradients of the loss: one chunk, where there are several the last one's gradients too. On a GPU
+    gradients lie where the logits did, elsewhere beside them."""
     limit, each = (constants.GPU_CHUNK, each) if cuda else (constants.CPU_CHUNK, FLOAT32)
     rows = max(1, limit // (each * vocabulary))
     rows = min(rows, max(constants.GPU_CHUNK_ROWS, tokens // 4)) if cuda else rows
     full, rest = divmod(tokens, rows)
     chunks = [rows] * min(full, 2) + [rest] * (rest > 0)
-    return max(before + 2 * own for before, own in zip([0, *chunks], chunks)) * vocabulary * each
+    own = 1 if cuda else 2
+    return max(before + own * rows for before, rows in zip([0, *chunks], chunks)) * vocabulary * each
 
 
 def streamed_chunk_bytes(hidden: int, vocabulary: int, tokens: int, each: int) -> float:
