@@ -436,10 +436,11 @@ def test_a_streamed_model_has_no_gradients_of_its_own(llama_dir):
 
 @pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, False), (5.0, 0.5, True)])
 def test_the_streamed_heads_loss_is_the_plain_one(softcap, scale, bias, monkeypatch):
-    """252×507×123 in pieces of 100 rows, against float64."""
+    """252×507×123 in pieces of 100 rows, taken in three parts each, against float64."""
     from veneer.kernels import reference, streamed_head
 
     monkeypatch.setattr(streamed_head, "ROWS", 100)
+    monkeypatch.setattr(streamed_head, "LOGITS", 100 * 4 * 37)
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(252, 123), torch.randn(507, 123), torch.randint(0, 507, (252,))
     b = torch.randn(507) if bias else None
