@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -54,13 +55,12 @@ def main() -> None:
     if not options.alone and not options.cpu_8b:
         sys.exit(in_processes(options, cases))
     import torch
-    import transformers
 
     if options.smoke:
         torch.set_num_threads(1)
     record = Record(options.out, options.limit_seconds)
     device = "cpu" if options.smoke or options.cpu_8b else torch.cuda.get_device_name(0)
-    record.values |= {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+    record.values |= {"device": device, "torch": torch.__version__, "transformers": version("transformers")}
     if options.cpu_8b:
         record.limit = float("inf")
         cpu_8b(record, options.cpu_8b)

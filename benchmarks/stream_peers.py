@@ -26,28 +26,30 @@ def offloaded_fsdp(record: Record, smoke: bool) -> None:
 
 
 def unsloth_in(record: Record, smoke: bool) -> None:
-    """Unsloth's 8B QLoRA, 1x2048, in the memory of case e. In a smoke run the same steps, of the model as it is."""
-    from transformers import AutoModelForCausalLM
-
-    folder = quantised_folder(smoke)
-    if smoke:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        model = _adapted(model)
-    else:
-        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="unsloth-"))
-        import torch
-        from unsloth import FastLanguageModel
-
-        model, _ = FastLanguageModel.from_pretrained(
-            str(folder), max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
-        )
-        model = FastLanguageModel.get_peft_model(
-            model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=PROJECTIONS,
-            use_gradient_checkpointing="unsloth", max_seq_length=2048,
-        )  # fmt: skip
+    """Unsloth's 8B QLoRA, 1x2048, in the memory of cases e6 and e8. A smoke run has PEFT's model in its place."""
+    model = _peft_4_bit(quantised_folder(smoke)) if smoke else _unsloth()
     for budget in (8, 6):
         run = partial(_steps, model, smoke, [8 if smoke else 2048], budget, 4)
         record.measure("u", f"Unsloth, {budget} GB", run)
+
+
+def _unsloth():
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", tempfile.mkdtemp(prefix="unsloth-"))
+    from unsloth import FastLanguageModel  # before transformers, which it changes
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(quantised_folder(False)), max_seq_length=2048, load_in_4bit=True, local_files_only=True
+    )
+    return FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=32, lora_dropout=0, bias="none", target_modules=PROJECTIONS,
+        use_gradient_checkpointing="unsloth", max_seq_length=2048,
+    )  # fmt: skip
+
+
+def _peft_4_bit(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    return _adapted(AutoModelForCausalLM.from_pretrained(folder))
 
 
 def _offloaded(smoke: bool, offload) -> dict:

@@ -4,88 +4,16 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from torch._dynamo.backends.debugging import aot_eager
-from torch.utils.checkpoint import checkpoint
+from streamed_steps import EXAMPLES, WIDE, same, save, step
 
 import veneer
 from conftest import tiny_llama
 from veneer.base.load import load_base
 from veneer.base.stream_load import load_streamed
 from veneer.config import TrainConfig
-from veneer.data.example import TokenizedExample
 from veneer.errors import BaseModelError, ConfigError
-from veneer.kernels.unpack import unpack_rows
-from veneer.training.accelerate import Accelerated
-from veneer.training.flat import FlatOptimizer
-from veneer.training.forward import RowModel
-from veneer.training.streamed import StreamedRows
-
-
-def examples(lengths, vocabulary=400):
-    random = np.random.default_rng(0)
-    return [
-        TokenizedExample(random.integers(1, vocabulary, n).astype(np.int32), random.random(n) < 0.7) for n in lengths
-    ]
-
-
-EXAMPLES = examples((20, 33, 7, 40))
-
-
-def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True, compile=False, steps=1):
-    """(losses by row, gradients by parameter) of one step, the last of several; streamed if the model is."""
-    bank = veneer.attach(model, adapter, seed=0)
-    streamed = hasattr(model, "veneer_stream")
-    if streamed:
-        model.veneer_stream.settle()
-    torch.manual_seed(1)
-    parameters = bank.parameters("default")
-    for parameter in parameters.values():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    model.train()
-    optimizer = FlatOptimizer(parameters, veneer.OptimConfig())
-    options = {"modes": modes, "compile": compile}
-    rows = StreamedRows(model, packing=packing, **options) if streamed else RowModel(model, packing=packing)
-    fast = rows if streamed else Accelerated(model, **options)
-    packed = rows.pack(data, tokens, True)
-    supervised = sum(len(row.targets) for row in packed)
-    torch.manual_seed(2)
-    with rows.attention(), fast:
-        for n in range(steps):
-            if n:
-                optimizer.step()
-            optimizer.zero_grad()
-            if streamed:
-                losses = rows.backward(packed, supervised)
-                continue
-            losses = []
-            for row in packed:
-                fast.start()
-                with rows.row(row) as loss:
-                    (loss / supervised).backward()
-                losses.append(loss.detach())
-        if streamed and compile:
-            assert all(part.packed for block in rows.blocks for part in block.modules() if hasattr(part, "packed"))
-            for kept, loss in zip(losses, rows.losses(packed), strict=True):  # an evaluation has the step's factors
-                torch.testing.assert_close(loss, kept)
-    return losses, {name: p.grad.clone() for name, p in parameters.items() if p.requires_grad}
-
-
-def same(found, wanted):
-    for a, b in zip(found[0], wanted[0], strict=True):
-        assert torch.equal(a, b)
-    assert found[1].keys() == wanted[1].keys()
-    for name, grad in wanted[1].items():
-        assert torch.equal(found[1][name], grad), name
-    assert any(grad.abs().sum() > 0 for grad in wanted[1].values())
-
-
-def save(model, path, tokenizer):
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -118,95 +46,6 @@ def test_every_setting_of_the_dial(llama_dir, modes, monkeypatch):
     config = veneer.AdapterConfig(rank=4)
     wanted = step(load_base(llama_dir, device="cpu")[0], config)
     same(step(load_streamed(llama_dir, device="cpu")[0], config, modes=modes), wanted)
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """The names of what each compiled graph calls; traced, without the C++ compiler."""
-    found = []
-
-    def compile_fx(graph, inputs):
-        found.append([getattr(node.target, "__name__", "") for node in graph.graph.nodes])
-        return aot_eager(graph, inputs)
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    torch._dynamo.reset()
-    return found
-
-
-ONE_ROW = {"data": EXAMPLES[3:]}  # on a CPU each row's segments are compiled anew
-WIDE = {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-
-
-def close(found, wanted):
-    torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-5, atol=0)
-    for name, grad in wanted[1].items():
-        bound = 1e-5 * float(grad.abs().max()) + 1e-9
-        torch.testing.assert_close(found[1][name], grad, rtol=1e-3, atol=bound, msg=name)
-
-
-def test_compiled_blocks_are_packed_as_they_arrive(tmp_path, tokenizer, traced):
-    """From a bfloat16 file, cast on the way; the factors change from step to step."""
-    folder, config = save(tiny_llama(num_hidden_layers=3).bfloat16(), tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
-    options = {"device": "cpu", "dtype": "float32"}
-    wanted = step(load_base(folder, **options)[0], config, steps=2, **ONE_ROW)
-    streamed = load_streamed(folder, where="disk", **options)[0]
-    before = streamed.veneer_stream.conveyor.nbytes
-    close(step(streamed, config, compile=True, modes="recompute-offload", steps=2, **ONE_ROW), wanted)
-    assert {(names.count("lora_group"), names.count("gated_mlp")) for names in traced} == {
-        (2, 1)
-    }  # q, k, v; o; the rest
-    assert streamed.veneer_stream.conveyor.nbytes == before  # as it was
-    assert not any(getattr(part, "packed", None) for part in streamed.modules())
-
-
-@pytest.mark.parametrize(("where", "quant"), [("host", "nf4"), ("disk", "fp4")])
-def test_compiled_4_bit_blocks_are_unpacked_once_as_they_arrive(tmp_path, tokenizer, traced, where, quant, monkeypatch):
-    """For all rows and for their backward pass; with the very gradients of a resident base, which unpacks for each."""
-    unpacked, layers, rows = [], 3 * 7, {"data": examples((40, 40))}
-    monkeypatch.setattr(
-        "veneer.training.arriving.unpack_rows", lambda *args: (unpacked.append(args[0]), unpack_rows(*args))[1]
-    )
-    folder, config = save(tiny_llama(**WIDE), tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
-    wanted = step(load_base(folder, device="cpu", quant=quant)[0], config, compile=True, **rows)
-    streamed = load_streamed(folder, where=where, device="cpu", quant=quant)[0]
-    conveyor = streamed.veneer_stream.conveyor
-    before = conveyor.nbytes
-    same(step(streamed, config, compile=True, **rows), wanted)
-    assert len(unpacked) == 4 * layers  # while packing, forward, backward, an evaluation; never for a row
-    assert conveyor.nbytes == before
-    assert [type(part).__name__ for part in streamed.modules()].count("Linear4bit") == layers  # as it was
-
-
-def test_packed_and_other_4_bit_linears_in_one_block(tmp_path, tokenizer, traced):
-    """Linears without an adapter stay as they are and are moved beside the matrices."""
-    folder, config = (
-        save(tiny_llama(**WIDE), tmp_path, tokenizer),
-        veneer.AdapterConfig(rank=4, target_modules=["v_proj"]),
-    )
-    wanted = step(load_base(folder, device="cpu", quant="nf4")[0], config, **ONE_ROW)
-    close(step(load_streamed(folder, device="cpu", quant="nf4")[0], config, compile=True, **ONE_ROW), wanted)
-
-
-@pytest.mark.parametrize(("quant", "compile"), [(None, False), ("nf4", False), ("nf4", True)])
-def test_long_rows_go_through_mlps_in_chunks(tmp_path, tokenizer, quant, compile, monkeypatch, traced):
-    monkeypatch.setattr("veneer.training.store.SMALL", 1)
-    monkeypatch.setattr("veneer.training.streamed.LONG", 35)  # of the rows of 27, 33 and 40 tokens the last
-    monkeypatch.setattr("veneer.training.chunks.CHUNK", 16)
-    sizes = []
-    monkeypatch.setattr(
-        "veneer.training.chunks.checkpoint",
-        lambda f, x, **more: (sizes.append(x.shape[1]), checkpoint(f, x, **more))[1],
-    )
-    model = tiny_llama(**WIDE)
-    folder, config = save(model, tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
-    wanted = step(load_base(folder, device="cpu", quant=quant)[0], config)
-    streamed = load_streamed(folder, device="cpu", quant=quant)[0]
-    found = step(streamed, config, modes="recompute-offload", compile=compile)
-    assert set(sizes) == {16, 8}
-    torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-6, atol=0)
-    for name, grad in wanted[1].items():
-        assert (found[1][name] - grad).norm() <= (1e-3 if compile else 1e-5) * grad.norm() + 1e-12, name
 
 
 @pytest.mark.parametrize("where", ["host", "disk"])
