@@ -1,4 +1,4 @@
-"""Training steps on one GPU against PEFT, PEFT with Liger's kernels and Unsloth: real forward, backward and update.
+"""Training steps on one GPU against PEFT, PEFT with Liger's kernels, Unsloth and TRL: real forward, backward and update.
 
     python benchmarks/bench_gpu_train.py --out results.json              all cases
     python benchmarks/bench_gpu_train.py --only "8B bf16 4x2048"         one of them
@@ -21,14 +21,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from filelock import FileLock
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-LOCK = Path(tempfile.gettempdir()) / f"veneer-bench-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock"
-"""Held while steps are timed, one process at a time on a GPU."""
+LOCK = FileLock(Path(tempfile.gettempdir()) / f"veneer-bench-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}.lock")
+"""Held while steps are timed, one process at a time on a GPU; of a case by length, while longer ones than the first run."""
 CONFIGS = {
     "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False),
@@ -50,7 +51,7 @@ CASES = {
         ["veneer:recompute/0/0/host", "veneer:recompute-offload/0/0/host", "unsloth:ckpt"]),
     "1B bf16 8x1024": ("1B", "bf16", [1024] * 8, ["veneer:keep", "veneer:selective", "unsloth:none", "liger-nocast"]),
     "1B bf16 1x512": ("1B", "bf16", [512], ["veneer:keep", "veneer:selective", "unsloth:none", "liger-nocast"]),
-    "8B bf16 packed chats": ("8B", "bf16", CHAT, ["veneer:selective", "unsloth:none"]),
+    "8B bf16 packed chats": ("8B", "bf16", CHAT, ["veneer:selective", "unsloth:none", "trl:none", "trl:ckpt"]),
     "8B bf16 1x32768": ("8B", "bf16", [32768], ["veneer:mixed", "veneer:recompute-offload", "unsloth:ckpt"]),
     "8B bf16 by length": ("8B", "bf16", [512, 2048, 8192, 32768],
         ["veneer:mixed", "unsloth:ckpt", "liger-nocast:ckpt", "peft-nocast:ckpt", "veneer:selective"]),
@@ -237,6 +238,49 @@ def plain_steps(model):
     return steps
 
 
+def trl_steps(shape: str, precision: str, lengths: list[int], mode: str, count: int) -> dict:
+    """TRL's own trainer with packing, timed from step to step: each step is one packed row of all these examples."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    began, times, total = time.time(), [], sum(lengths)
+    model = build(shape, precision)
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(), packing=True, max_length=total, per_device_train_batch_size=1, max_steps=3 + count,
+        bf16=True, gradient_checkpointing=mode == "ckpt", learning_rate=1e-4, report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, optim="adamw_torch_fused",
+    )  # fmt: skip
+    rows = [torch.randint(5, model.config.vocab_size - 5, (n,)).tolist() for n in lengths] * (3 + count)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            torch.cuda.synchronize()
+            if not times:
+                LOCK.acquire()
+            times.append(time.time())
+
+    trainer = SFTTrainer(
+        model, args=config, train_dataset=Dataset.from_dict({"input_ids": rows}), peft_config=lora, callbacks=[Clock()],
+        processing_class=AutoTokenizer.from_pretrained(saved(shape)),
+    )  # fmt: skip
+    ready = time.time()
+    try:
+        loss = trainer.train().training_loss
+    finally:
+        LOCK.release()
+    middle = statistics.median(b - a for a, b in zip(times[2:], times[3:]))
+    return {
+        "load_s": round(ready - began, 1), "first_step_s": round(times[0] - ready, 1),
+        "tokens_per_second": round(total / middle), "step_ms": round(1000 * middle, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2), "loss": round(loss, 4),
+    }  # fmt: skip
+
+
 def worker(case: str, who: str, count: int) -> dict:
     """One measurement; of a case by length one for each length under "by_length", until memory runs out."""
     import torch
@@ -244,6 +288,8 @@ def worker(case: str, who: str, count: int) -> dict:
     shape, precision, lengths, _ = CASES[case]
     began = time.time()
     name, mode = (*who.split(":"), "")[:2]
+    if name == "trl":
+        return {"who": who} | trl_steps(shape, precision, lengths, mode, count)
     if name == "unsloth":
         steps = unsloth_model(shape, precision, lengths, mode)
     elif name == "veneer":
@@ -256,12 +302,14 @@ def worker(case: str, who: str, count: int) -> dict:
     if not case.endswith("by length"):
         return start | measured(steps, lengths, count)
     found = []
-    for length in lengths:
-        try:
-            found.append({"tokens": length} | measured(steps, [length], max(3, count // 2)))
-        except torch.OutOfMemoryError:
-            found.append({"tokens": length, "failed": "out of memory"})
-            break
+    for i, length in enumerate(lengths):
+        with LOCK if i else nullcontext():
+            try:
+                found.append({"tokens": length} | measured(steps, [length], max(3, count // 2)))
+            except torch.OutOfMemoryError:
+                found.append({"tokens": length, "failed": "out of memory"})
+                break
+            torch.cuda.empty_cache()
     return start | {"by_length": found}
 
 
@@ -276,7 +324,7 @@ def measured(steps, lengths: list[int], count: int) -> dict:
     loss = step()
     torch.cuda.synchronize()
     first, times = time.time(), []
-    with FileLock(LOCK):
+    with LOCK:
         for i in range(2 + count):
             start = time.time()
             step()

@@ -1,133 +1,210 @@
 """What `veneer plan` predicts against what a step needs: peak memory and tokens/s over a grid of settings.
 
-    python benchmarks/bench_plan.py --gpus 0,1 --jobs 5 --out benchmarks/results/plan_gpu.json           memory
+    python benchmarks/bench_plan.py --gpus 0,1 --out benchmarks/results/plan_gpu.json                    memory
     python benchmarks/bench_plan.py --gpus 0,1 --speed --out benchmarks/results/plan_gpu.json            speed, added
+    python benchmarks/bench_plan.py --append --out benchmarks/results/plan_gpu.json                      what is missing
     python benchmarks/bench_plan.py --device cpu --out benchmarks/results/plan_cpu.json
-    python benchmarks/bench_plan.py --device cpu --smoke --jobs 2                              three tiny settings
+    python benchmarks/bench_plan.py --device cpu --smoke --jobs 2                              a few tiny settings
 
-Random weights made on the device, random tokens, real forward, backward and update; each setting is a process of its own
-(plan_measure.py). On a GPU `--jobs` of them run at once where they fit together; with --speed one has the device for
-itself while the next one imports. On a CPU freed memory is given back as in a run with train.vram, and the peak is of
-resident memory (VmHWM); seconds are of one thread's own work. Results are written as they come; a setting that fails or
-takes longer than --setting-seconds is recorded and the others run.
+Random weights made on the device, random tokens, real forward, backward and update, by workers (plan_measure.py) that
+take one setting after the other. On a GPU `--jobs` of them run at once where they fit together; with --speed they are
+compiled and warm at once, and then each in turn has the device for itself. On a CPU each setting has a process of its
+own, freed memory is given back as in a run with train.vram, and the peak is of resident memory (VmHWM); seconds are of
+one thread's own work. Results are written as they come; a setting that fails or takes longer than --setting-seconds is
+recorded and the others run; --append keeps what was measured before and takes the other settings only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from plan_cases import Case, cpu_cases, gigabytes, gpu_cases, smoke_cases, speed_cases
+from plan_measure import serve
 
-TOGETHER = 130.0
+TOGETHER = 138.0
 """GB that the settings on one device may take at once."""
+PATIENCE = 6
+"""How many smaller settings may pass by one that does not fit yet."""
 
 
-@dataclass
-class Child:
-    """A process at work on something, with its output in files."""
+class Worker:
+    """A process that measures settings, and what it is at."""
 
-    process: subprocess.Popen
-    out: Any
-    errors: Any
-    case: Case | None
-    began: float = field(default_factory=time.time)
+    def __init__(self, device: str, gpu: str | None, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, end = context.Pipe()
+        self.process = context.Process(target=serve, args=(end, device, gpu, threads), daemon=True)
+        self.process.start()
+        end.close()
+        self.gpu, self.case, self.state, self.began = gpu, None, "starting", time.time()
 
-    def done(self, limit: float) -> bool:
-        """Whether it has ended; ends it when its time is over."""
-        if self.process.poll() is None and time.time() - self.began > limit:
-            self.process.kill()
-            self.process.wait()
-        return self.process.poll() is not None
+    def ask(self, work: str, case: Case | None = None, rates: dict | None = None) -> None:
+        """Set it to work on something."""
+        self.case, self.state, self.began = case, "busy", time.time()
+        self.pipe.send((work, case, rates))
 
-    def result(self) -> dict:
-        """What it printed, or how it failed."""
-        for file in (self.out, self.errors):
-            file.seek(0)
-        found = [line for line in self.out.read().splitlines() if line.startswith("RESULT ")]
-        lines = self.errors.read().strip().splitlines()
-        for file in (self.out, self.errors):
-            file.close()
-        if found:
-            return json.loads(found[-1].removeprefix("RESULT "))
-        code, seconds = self.process.returncode, time.time() - self.began
-        text = f"the process ended with {code} after {seconds:.0f} s: {' '.join(lines[-1:])[:400]}"
-        return {"failed": text} | ({"case": asdict(self.case)} if self.case else {})
+    def go(self) -> None:
+        """Let it go on alone."""
+        self.state = "alone"
+        self.pipe.send(None)
+
+    def answer(self, limit: float) -> dict | None:
+        """What it has found, or how it failed or outlived its time; None as yet."""
+        found = self._received()
+        if found is None and time.time() - self.began > limit:
+            found = self._ended(f"it took more than {limit:.0f} s")
+        return found
+
+    def _received(self) -> dict | None:
+        try:
+            while self.pipe.poll():
+                found = self.pipe.recv()
+                if isinstance(found, tuple):
+                    found, stays = found
+                    self.state = "idle" if stays else "over"
+                    return found
+                self.state = {"there": "idle"}.get(found, found)
+        except (EOFError, OSError):
+            self.process.join(5)
+            return self._ended(f"the process ended with {self.process.exitcode}")
+        return None
+
+    def _ended(self, why: str) -> dict:
+        self.end()
+        return {"failed": f"{why} after {time.time() - self.began:.0f} s"} | (
+            {"case": asdict(self.case)} if self.case else {}
+        )
+
+    def end(self) -> None:
+        """Stop the process."""
+        self.state = "over"
+        self.process.kill()
+        self.process.join()
+
+    @property
+    def takes(self) -> float:
+        """GB of device memory."""
+        return gigabytes(self.case, self.state == "ready") if self.state in ("busy", "ready", "alone") else 0.0
 
 
-def start(work: str, device: str, gpu: str | None, case: Case | None = None, *more: str) -> Child:
-    """A process of plan_measure.py, on one GPU alone."""
-    command = [sys.executable, str(Path(__file__).with_name("plan_measure.py")), work, "--device", device, *more]
-    if case is not None:
-        command += ["--case", json.dumps(asdict(case))]
-    environment = dict(os.environ)
-    if gpu is not None:
-        cache = Path(environment.get("TORCHINDUCTOR_CACHE_DIR", Path(tempfile.gettempdir()) / "veneer-inductor"))
-        environment |= {"CUDA_VISIBLE_DEVICES": gpu, "TORCHINDUCTOR_CACHE_DIR": str(cache / f"gpu{gpu}")}
-        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
-        environment.setdefault("OMP_NUM_THREADS", "2")
-    out, errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-    return Child(subprocess.Popen(command, stdout=out, stderr=errors, text=True, env=environment), out, errors, case)
+class Device:
+    """The workers on one GPU, or on the CPU, and the settings that they take from `waiting`."""
+
+    def __init__(self, gpu: str | None, waiting: list[Case], options: argparse.Namespace) -> None:
+        self.gpu, self.waiting, self.options = gpu, waiting, options
+        self.work = "cpu" if gpu is None else "speed" if options.speed else "memory"
+        self.threads = threads_each(options.jobs * len(options.gpus.split(",")))
+        self.workers = [self.hire() for _ in range(min(options.jobs, len(waiting)))]
+        self.passed: dict[Case, int] = {}
+        self.alone = False
+        self.rates: dict = {}
+
+    def hire(self) -> Worker:
+        return Worker(self.options.device, self.gpu, self.threads)
+
+    @property
+    def running(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state in ("busy", "ready", "alone")]
+
+    def measure_rates(self) -> None:
+        """The rates of the device while nothing else runs; a failure ends the program."""
+        while any(worker.state == "starting" and worker.answer(150) is None for worker in self.workers):
+            time.sleep(0.02)
+        worker = self.workers[0]
+        if worker.state == "idle":
+            worker.ask("rates")
+            while (found := worker.answer(150)) is None:
+                time.sleep(0.02)
+            if "failed" not in found:
+                self.rates = found
+                return
+        sys.exit(f"the rates of device {self.gpu or 'cpu'} could not be measured")
+
+    def turn(self, keep: Callable[[dict], None], until: float) -> None:
+        """Take what was found, and set workers to work."""
+        for i, worker in enumerate(self.workers):
+            if worker.state == "starting" or worker in self.running:
+                found = worker.answer(self.options.setting_seconds)
+                if found is not None and worker.case is not None:
+                    keep({"gpu": self.gpu, "wall_seconds": round(time.time() - worker.began, 1)} | found)
+                elif found is not None:
+                    print(f"a worker could not start: {found['failed']}", file=sys.stderr)
+            if worker.state == "over" and self.waiting:
+                self.workers[i] = self.hire()
+        if time.time() < until:
+            self.start_more()
+
+    def start_more(self) -> None:
+        """Let idle workers begin; or, when all that fits is compiled, one of those that are ready measure alone."""
+        self.alone = self.alone and bool(self.running)
+        for worker in self.workers:
+            if worker.state != "idle" or self.alone:
+                continue
+            if self.gpu is None and not self.running and not self.rates:
+                self.measure_rates()  # a CPU's change with what else it does; its worker ends with it
+                return
+            if (case := self.fitting()) is None:
+                break
+            self.waiting.remove(case)
+            worker.ask(self.work, case, self.rates)
+            self.rates = self.rates if self.gpu is not None or len(self.running) > 1 else {}
+        if self.running and all(worker.state == "ready" for worker in self.running):
+            if not any(worker.state in ("starting", "idle") for worker in self.workers) or self.fitting() is None:
+                self.alone = True
+        ready = [worker for worker in self.running if worker.state == "ready"]
+        if self.alone and ready and not any(worker.state in ("busy", "alone") for worker in self.running):
+            ready[0].go()
+
+    def fitting(self) -> Case | None:
+        """The next setting that fits beside those that run; one that is too large for company comes when it is alone."""
+        taken, before = sum(worker.takes for worker in self.running), []
+        for case in self.waiting:
+            if not self.running or taken + gigabytes(case) < TOGETHER:
+                self.passed |= {other: self.passed.get(other, 0) + 1 for other in before}
+                return case
+            before.append(case)
+            if self.passed.get(case, 0) >= PATIENCE:
+                return None
+        return None
 
 
-def measure_rates(device: str, gpus: list[str | None]) -> dict[str | None, dict]:
-    """The rates of each device, measured alone; a failure ends the program."""
-    children = {gpu: start("rates", device, gpu) for gpu in gpus}
-    while not all([child.done(150) for child in children.values()]):
-        time.sleep(0.05)
-    found = {gpu: child.result() for gpu, child in children.items()}
-    if failed := [rates["failed"] for rates in found.values() if "failed" in rates]:
-        sys.exit(f"rates: {failed[0]}")
-    return found
+def threads_each(processes: int) -> int:
+    """Threads that compile in each of so many processes; for fewer than four, starting them takes longer than they save."""
+    each = (os.cpu_count() or 1) // max(1, processes)
+    return each if each >= 4 else 1
 
 
-def run(cases: list[Case], work: str, options: argparse.Namespace, keep) -> None:
+def run(cases: list[Case], options: argparse.Namespace, keep: Callable[[dict], None]) -> None:
     """Measure all cases, as many at once as may be; `keep` takes each result."""
     gpus: list[str | None] = options.gpus.split(",") if options.device == "cuda" else [None]
     until, waiting = time.time() + options.limit_seconds, list(cases)
-    rates = measure_rates(options.device, gpus)
-    running: dict[str | None, list[Child]] = {gpu: [] for gpu in gpus}
-    locks = {gpu: str(Path(tempfile.mkdtemp(prefix="veneer-plan-")) / "lock") for gpu in gpus}
-    while waiting or any(running.values()):
-        for gpu in gpus:
-            for child in [
-                child for child in running[gpu] if child.done(min(options.setting_seconds, until - child.began))
-            ]:
-                running[gpu].remove(child)
-                keep({"gpu": gpu, "wall_seconds": round(time.time() - child.began, 1)} | child.result())
-            case = fitting(waiting, running[gpu], options.jobs)
-            if case is not None and time.time() < until:
-                waiting.remove(case)
-                if gpu is None and not running[gpu]:
-                    rates = measure_rates(options.device, gpus)  # a CPU's change with what else it does
-                more = "--rates", json.dumps(rates[gpu]), "--lock", locks[gpu]
-                running[gpu].append(start(work, options.device, gpu, case, *more))
-        if time.time() > until:
-            for case in waiting:
-                keep({"case": asdict(case), "skipped": "--limit-seconds"})
-            waiting.clear()
-        time.sleep(0.05)
-
-
-def fitting(waiting: list[Case], running: list[Child], jobs: int) -> Case | None:
-    """The next setting that fits beside those that run; one that is too large for company comes when it is alone."""
-    if len(running) >= jobs:
-        return None
-    taken = sum(gigabytes(child.case) for child in running)
-    return next((case for case in waiting if not running or taken + gigabytes(case) < TOGETHER), None)
+    devices = [Device(gpu, waiting, options) for gpu in gpus]
+    for device in devices:
+        device.measure_rates()
+    while (waiting or any(device.running for device in devices)) and time.time() < until:
+        for device in devices:
+            device.turn(keep, until)
+        time.sleep(0.02)
+    workers = [worker for device in devices for worker in device.workers]
+    for case in [worker.case for worker in workers if worker.takes] + waiting:
+        keep({"case": asdict(case), "skipped": "--limit-seconds"})
+    for worker in workers:
+        worker.end()
 
 
 def line_of(record: dict) -> str:
     """One line: predicted and measured, with the error."""
-    name = Case(**record["case"]).name
+    name = case_of(record).name
     if "measured" not in record:
         return f"{name:70s} {record.get('failed') or record.get('skipped')}"
     measured, need, parts = record["measured"], record["need"], []
@@ -136,34 +213,48 @@ def line_of(record: dict) -> str:
             parts.append(f"{key} {measured[key] / 1e9:.2f} GB ({need[said] / measured[key] - 1:+.1%})")
     speed = record["time"]["tokens_per_second"] / measured["tokens_per_second"] - 1
     parts.append(f"{measured['tokens_per_second']:,.0f} tok/s ({speed:+.0%})")
-    return f"{name:70s} {'  '.join(parts)}" + ("" if record.get("held", True) is True else "  OUT OF MEMORY WHEN HELD")
+    parts.append(f"{record.get('wall_seconds', 0):.0f} s")
+    parts += ["OUT OF MEMORY WHEN HELD"] * (record.get("held", True) is not True) + record.get("notes", [])
+    return f"{name:70s} {'  '.join(parts)}"
 
 
-def main() -> None:
+def case_of(record: dict) -> Case:
+    return Case(**record["case"] | {"lengths": tuple(record["case"]["lengths"])})
+
+
+def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--append", action="store_true", help="keep what --out holds; measure what it has not")
     parser.add_argument("--only", help="settings whose name holds this text")
     parser.add_argument("--without", help="no settings whose name holds this text")
     parser.add_argument("--smoke", action="store_true", help="a few tiny settings")
     parser.add_argument("--speed", action="store_true", help="on a GPU: measure speed, each setting alone")
     parser.add_argument("--gpus", default="0", help="indices of the GPUs, with commas")
-    parser.add_argument("--jobs", type=int, help="settings at once on each device (1; memory on a GPU: 4; speed: 2)")
+    parser.add_argument("--jobs", type=int, help="settings at once on each device (CPU: 1; GPU: 12; --speed: 24)")
     parser.add_argument("--limit-seconds", type=float, default=600, help="of all: what has not ended then is left out")
-    parser.add_argument("--setting-seconds", type=float, default=150, help="of one setting")
+    parser.add_argument("--setting-seconds", type=float, default=150, help="of one setting (with --speed: 300)")
     options = parser.parse_args()
-    cuda = options.device == "cuda"
-    options.jobs = options.jobs or (1 if not cuda else 2 if options.speed else 4)
-    cases = speed_cases() if options.speed else gpu_cases() if cuda else cpu_cases()
+    options.jobs = options.jobs or (1 if options.device == "cpu" else 24 if options.speed else 12)
+    options.setting_seconds *= 2 if options.speed else 1
+    return options
+
+
+def main() -> None:
+    options = options_of()
+    cases = speed_cases() if options.speed else gpu_cases() if options.device == "cuda" else cpu_cases()
     cases = [case for case in (smoke_cases() if options.smoke else cases) if (options.only or "") in case.name]
     cases = [case for case in cases if not options.without or options.without not in case.name]
     part = "speed" if options.speed else "results"
-    record: dict = {"results": []}
+    record: dict[str, Any] = {"results": []}
     if options.out and options.out.exists():
         record |= json.loads(options.out.read_text(encoding="utf-8"))
     arguments = [text for text in sys.argv[1:] if not text.endswith(".json") and text != "--out"]
     record |= {"command": " ".join(["python benchmarks/bench_plan.py", *arguments]), "machine": machine(options.device)}
-    record[part] = []
+    kept = record.get(part, []) if options.append else []
+    record[part] = [r for r in kept if "measured" in r and "notes" in r]  # without notes: of an older measurement
+    done = {case_of(result) for result in record[part]}
 
     def keep(result: dict) -> None:
         record[part].append(result)
@@ -171,13 +262,14 @@ def main() -> None:
         if options.out:
             options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    run(cases, "speed" if options.speed else "memory", options, keep)
+    began = time.time()
+    run([case for case in cases if case not in done], options, keep)
+    print(f"{time.time() - began:.0f} s", flush=True)
 
 
 def machine(device: str) -> dict:
-    """Said without starting CUDA in this process."""
-    import torch
-    import transformers
+    """Said without starting CUDA, or importing torch, in this process."""
+    from importlib.metadata import version
 
     name = "cpu"
     if device == "cuda":
@@ -185,7 +277,7 @@ def machine(device: str) -> dict:
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
         )
         name = (asked.stdout.strip().splitlines() or ["?"])[0]
-    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": name, "torch": version("torch"), "transformers": version("transformers")}
 
 
 if __name__ == "__main__":

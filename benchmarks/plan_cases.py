@@ -111,11 +111,14 @@ def woven(lists: list[list[Case]]) -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """All settings of the memory pass: what is cut short has some of everything."""
-    shapes = list(enumerate(GPU_SHAPES.items()))
+    """All settings of the memory pass: those that take long (compiled, whole models) come early, two for each eager one,
+    and what is cut short has some of everything."""
+    shapes, more = list(enumerate(GPU_SHAPES.items())), more_cases()
     eager = woven([eager_cases(shape, layers, at) for at, (shape, layers) in shapes])
     compiled = woven([compiled_cases(shape, layers, at) for at, (shape, layers) in shapes])
-    return woven([compiled, eager, more_cases()])
+    compiled = woven([[case for case in more if case.compile], compiled])
+    eager = woven([[case for case in more if not case.compile], eager])
+    return woven([compiled[::2], compiled[1::2], eager])
 
 
 def speed_cases() -> list[Case]:
@@ -150,8 +153,9 @@ def smoke_cases() -> list[Case]:
     return [*tiny, Case("tiny", 0, "none", (64, 64), 4, "recompute", stream="host")]
 
 
-def gigabytes(case: Case) -> float:
-    """A rough upper bound of the device memory that a setting takes, by which settings are let onto one device at once."""
+def gigabytes(case: Case, resting: bool = False) -> float:
+    """A rough upper bound of the device memory that a setting takes, by which settings are let onto one device at once;
+    between its steps if `resting`."""
     shape, tokens = SHAPES[case.shape], sum(case.lengths)
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     layers = case.layers or shape["num_hidden_layers"]
@@ -161,7 +165,7 @@ def gigabytes(case: Case) -> float:
     kept = tokens * (30 * hidden + 10 * inner) * (0.5 if case.compile else 1)
     share = SHARES[case.dial] * (layers - case.keep) + case.keep
     graphs = 2 if case.compile and "offload" not in case.dial and case.dial != "mixed" else 1
-    return (1.2 * weights + adapter + graphs * kept * (share + 2) + 3e9) / 1e9
+    return (1.2 * weights + adapter + (1e9 if resting else graphs * kept * (share + 2) + 3e9)) / 1e9
 
 
 def config_folder(case: Case) -> str:

@@ -1,27 +1,33 @@
-"""One setting of benchmarks/bench_plan.py in a process of its own: what the plan says of it, and what it takes.
+"""A worker of benchmarks/bench_plan.py: what the plan says of a setting, and what it takes, one setting after the other.
 
-Prints a line of JSON behind the word RESULT. On a GPU peaks of allocated and reserved memory are of all steps from the
-first on: a compiled setting with CUDA graphs takes a row plainly, captures it, replays it, and then takes a row of as
-many tokens in other sequences, which is the most that a run comes to hold. `held` says whether the same steps run, from
-the adapter on, with the allocator kept to the prediction and the plan's margin.
+Libraries are imported and the device is opened once. Before each setting all device memory is given back, cuBLAS's
+workspaces and pinned host memory too, so that a setting finds the device as a run does; a worker that cannot give all
+back ends, and another takes its place. On a GPU peaks of allocated and reserved memory are of all steps from the first
+on: a compiled setting with CUDA graphs takes a row plainly, captures it, replays it, and then takes a row with fewer
+targets, which no graph fits: that is the most that a run comes to hold. `held` says whether the same steps run once
+more, graphs captured anew, with the allocator kept to the prediction and the plan's margin. Nothing is compiled again
+for it.
 """
 
 from __future__ import annotations
 
-import argparse
-import fcntl
 import gc
-import json
+import os
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from plan_cases import Case, config_folder
 
+LEFT = 16 << 20
+"""Bytes that a worker may have on the device between settings: tables that libraries keep."""
 Step = Callable[..., float]
 
 
@@ -40,18 +46,21 @@ def build(case: Case, device: str):
     return quantise(model, case.quant, dtype, device) if case.quant != "none" and case.stream == "off" else model
 
 
-def examples(lengths, vocabulary: int) -> list:
-    """Random tokens in sequences of these lengths, all supervised."""
+def examples(lengths, vocabulary: int, other: bool = False) -> list:
+    """Random tokens in sequences of these lengths, all supervised, or (`other`) all but the first eighth of each."""
     import numpy as np
 
     from veneer.data.example import TokenizedExample
 
-    random = np.random.default_rng(0)
-    return [TokenizedExample(random.integers(0, vocabulary, n).astype(np.int32), np.ones(n, bool)) for n in lengths]
+    random, found = np.random.default_rng(0), []
+    for n in lengths:
+        supervised = np.arange(n) >= (-(-n // 8) if other else 0)
+        found.append(TokenizedExample(random.integers(0, vocabulary, n).astype(np.int32), supervised))
+    return found
 
 
-def step_of(case: Case, model, stack: ExitStack) -> Step:
-    """A training step of this setting as `veneer train` makes it."""
+def step_of(case: Case, model, stack: ExitStack, note: Callable[[str], None]) -> Step:
+    """A training step of this setting as `veneer train` makes it; `note` is told what cannot be compiled or captured."""
     from veneer.config import AdapterConfig, OptimConfig
 
     adapter = AdapterConfig(rank=case.rank, alpha=2 * case.rank)
@@ -60,13 +69,11 @@ def step_of(case: Case, model, stack: ExitStack) -> Step:
         keep_blocks=case.keep,
     )  # fmt: skip
     made = resident_step if case.stream == "off" else streamed_step
-    return made(case, model, adapter, train, stack)
+    return made(case, model, adapter, train, stack, note)
 
 
-def resident_step(case: Case, model, adapter, train, stack: ExitStack) -> Step:
-    """`step(other)`: a row of this setting, or one of as many tokens whose first sequence is cut in two."""
-    import warnings
-
+def resident_step(case: Case, model, adapter, train, stack: ExitStack, note: Callable[[str], None]) -> Step:
+    """`step(other)`: a row of this setting, or one with fewer targets, for which a graph of its own would be captured."""
     from veneer.adapter.attach import attach, get_bank
     from veneer.training.accelerate import Accelerated
     from veneer.training.flat import FlatOptimizer
@@ -76,13 +83,14 @@ def resident_step(case: Case, model, adapter, train, stack: ExitStack) -> Step:
     attach(model, adapter, seed=0)
     model.train()
     optimizer, rows_of = FlatOptimizer(get_bank(model).parameters("default"), train), RowModel(model)
-    fast = Accelerated(model, modes=case.dial, keep=case.keep, compile=case.compile)
-    graphs = RowGraphs(rows_of, fast, train, warnings.warn)
+    fast = Accelerated(model, modes=case.dial, keep=case.keep, compile=case.compile, note=note)
+    graphs = RowGraphs(rows_of, fast, train, note)
     stack.enter_context(rows_of.attention())
     stack.enter_context(fast)
-    first, *rest = case.lengths
-    lengths = case.lengths, (first // 2, first - first // 2, *rest)
-    rows = [rows_of.pack(examples(l, model.config.vocab_size), train.micro_batch_tokens, False) for l in lengths]
+    rows = [
+        rows_of.pack(examples(case.lengths, model.config.vocab_size, other), train.micro_batch_tokens, False)
+        for other in (False, True)
+    ]
 
     def step(other: bool = False) -> float:
         own = rows[other]
@@ -99,7 +107,7 @@ def resident_step(case: Case, model, adapter, train, stack: ExitStack) -> Step:
     return step
 
 
-def streamed_step(case: Case, model, adapter, train, stack: ExitStack):
+def streamed_step(case: Case, model, adapter, train, stack: ExitStack, note: Callable[[str], None]) -> Step:
     """`step()` over a base whose blocks are in host memory."""
     import torch
 
@@ -118,7 +126,7 @@ def streamed_step(case: Case, model, adapter, train, stack: ExitStack):
     model.veneer_stream.settle()
     model.train()
     optimizer = FlatOptimizer(get_bank(model).parameters("default"), train)
-    rows_of = StreamedRows(model, modes=case.dial, keep=case.keep, compile=case.compile)
+    rows_of = StreamedRows(model, modes=case.dial, keep=case.keep, compile=case.compile, note=note)
     stack.enter_context(rows_of.attention())
     stack.enter_context(rows_of)
     rows = rows_of.pack(examples(case.lengths, model.config.vocab_size), train.micro_batch_tokens, False)
@@ -167,38 +175,30 @@ def predicted(case: Case, rates, cuda: bool, context: float | None = None) -> di
     return {"need": need.as_dict(), "time": step(about, setting, replace(rates, queued=cuda)).as_dict()}
 
 
-def gpu_worker(case: Case, rates: dict) -> None:
-    """The memory of one case."""
+def memory_of(case: Case, rates: dict, wait: Callable[[], None]) -> dict:
+    """The memory of one case on a GPU."""
     import torch
 
-    from veneer.adapter.attach import detach
     from veneer.plan.constants import MARGIN
     from veneer.plan.roofline import Rates
 
-    record = predicted(case, Rates(**rates), True) | {"rates": rates}
-    torch.zeros(1, device="cuda")
+    record, notes = predicted(case, Rates(**rates), True) | {"rates": rates}, []
     model = build(case, "cuda")
     clean()
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with ExitStack() as stack:
-        step = step_of(case, model, stack)
+        step = step_of(case, model, stack, notes.append)
+        if case.stream != "off":  # whose base was on the device to be made, as a run's never is
+            clean()
         built = torch.cuda.memory_allocated()
         measured = steps(case, step) | {"base": base, "built": built, "at_rest": torch.cuda.memory_allocated()}
-        if case.stream == "off":
-            measured["graphs"] = len(step.graphs.graphs)
-        del step
-    record["measured"] = measured
-    detach(model) if case.stream == "off" else None
-    if case.stream == "off":
-        if case.compile:
-            torch._dynamo.reset()
-        clean()
-        measured["left_over"] = torch.cuda.memory_allocated() - base
-        limit = record["need"]["reserved"] * (1 + MARGIN) + max(0, measured["left_over"])
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
-        record["held"] = held(case, model)
-    say(case, record)
+        measured["graphs"] = captured(step)
+        record |= {"measured": measured, "notes": list(notes)}
+        drop_graphs(step)
+        limit = record["need"]["reserved"] * (1 + MARGIN)
+        record["held"] = held(case, step, limit, measured["graphs"], notes)
+    return record
 
 
 def steps(case: Case, step: Step) -> dict:
@@ -223,46 +223,67 @@ def steps(case: Case, step: Step) -> dict:
     }  # fmt: skip
 
 
-def held(case: Case, model) -> bool | str:
-    """Whether the steps run with the allocator capped: True, or the error."""
+def captured(step: Step) -> int:
+    """Graphs that were captured."""
+    return len(step.graphs.graphs) if hasattr(step, "graphs") else 0
+
+
+def drop_graphs(step: Step) -> None:
+    """Let go of captured graphs and of all memory that is free; compiled code stays."""
     import torch
 
+    if hasattr(step, "graphs"):
+        step.graphs.graphs.clear()
+        step.graphs.seen.clear()
+        step.graphs.pool = None
+    clean()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def held(case: Case, step: Step, limit: float, graphs: int, notes: list[str]) -> bool | str:
+    """Whether the steps run with the allocator capped at `limit` bytes, with as many graphs: True, or the error."""
+    import torch
+
+    before = len(notes)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
     try:
-        with ExitStack() as stack:
-            steps(case, step_of(case, model, stack))
-        return True
+        steps(case, step)
     except torch.OutOfMemoryError as error:
         return str(error).splitlines()[0][:200]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    short = captured(step) < graphs or len(notes) > before
+    return "; ".join(notes[before:])[:200] or "fewer graphs were captured" if short else True
 
 
-def speed_worker(case: Case, rates: dict, lock: str) -> None:
-    """The speed of one case, alone on its device."""
-    import torch
+def speed_of(case: Case, rates: dict, wait: Callable[[], None]) -> dict:
+    """The speed of one case: compiled and warm beside others, then, once `wait` returns, alone on its device."""
 
-    import veneer.training.bench  # noqa: F401 what is imported before the device is this process's alone
     from veneer.plan.roofline import Rates
 
-    record = predicted(case, Rates(**rates), True) | {"rates": rates}
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        total = torch.cuda.mem_get_info()[1]
-        with ExitStack() as stack:
-            step = step_of(case, build(case, "cuda"), stack)
-            began, times = time.time(), []
-            step()
-            torch.cuda.synchronize()
-            first = time.time() - began
-            for _ in range(9):
-                began = time.time()
-                step()
-                torch.cuda.synchronize()
-                times.append(time.time() - began)
-            seconds = statistics.median(times[3:])
-            record["measured"] = measured_gpu() | {
-                "context": total - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved(),
-                "seconds": seconds, "first_seconds": first, "tokens_per_second": sum(case.lengths) / seconds,
-            }  # fmt: skip
-    say(case, record)
+    record, notes = predicted(case, Rates(**rates), True) | {"rates": rates}, []
+    with ExitStack() as stack:
+        step = step_of(case, build(case, "cuda"), stack, notes.append)
+        first, *_ = [timed(step) for _ in range(3)]
+        drop_graphs(step)
+        wait()
+        times = [timed(step) for _ in range(10)][3:]
+        seconds = statistics.median(times)
+        record["measured"] = measured_gpu() | {
+            "graphs": captured(step), "seconds": seconds, "first_seconds": first,
+            "tokens_per_second": sum(case.lengths) / seconds,
+        }  # fmt: skip
+    return record | {"notes": notes}
+
+
+def timed(step: Step) -> float:
+    """Seconds of a step."""
+    import torch
+
+    began = time.time()
+    step()
+    torch.cuda.synchronize()
+    return time.time() - began
 
 
 def measured_gpu() -> dict:
@@ -272,28 +293,32 @@ def measured_gpu() -> dict:
 
 
 def clean() -> None:
+    """Give back all device memory that is free, cuBLAS's workspaces and pinned host memory too."""
     import torch
 
     gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
+    getattr(torch._C, "_host_emptyCache", lambda: None)()
 
 
-def cpu_worker(case: Case, rates: dict) -> None:
-    """Measure one case in this process; the rates come from another one, as to measure them leaves memory behind."""
+def cpu_memory_of(case: Case, rates: dict, wait: Callable[[], None]) -> dict:
+    """Memory and speed of one case in this process; the rates come from another one, as to measure them leaves memory
+    behind."""
     import torch
 
-    import veneer.training.bench  # noqa: F401 all that a run imports
     from veneer.plan.probe import process_bytes, tight_malloc
     from veneer.plan.roofline import Rates
 
     torch.set_num_threads(1)
     tight_malloc()  # as a run with train.vram does
     predicted(case, Rates(**rates), False)
-    before = process_bytes()
+    before, notes = process_bytes(), []
     record = predicted(case, Rates(**rates), False, before) | {"rates": rates, "context": before}
     model = build(case, "cpu")
     with ExitStack() as stack:
-        step = step_of(case, model, stack)
+        step = step_of(case, model, stack, notes.append)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         times = []
         for _ in range(2):
@@ -303,12 +328,8 @@ def cpu_worker(case: Case, rates: dict) -> None:
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     seconds = min(times)
-    record["measured"] = {"rss": peak, "seconds": seconds, "tokens_per_second": sum(case.lengths) / seconds}
-    say(case, record)
-
-
-def say(case: Case, record: dict) -> None:
-    print("RESULT " + json.dumps({"case": asdict(case)} | record), flush=True)
+    measured = {"rss": peak, "seconds": seconds, "tokens_per_second": sum(case.lengths) / seconds}
+    return record | {"measured": measured, "notes": notes}
 
 
 def rates_here(device: str) -> dict:
@@ -323,25 +344,52 @@ def rates_here(device: str) -> dict:
     return measure(torch.device("cpu"), torch.float32, 0.3, time.process_time).as_dict()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=("rates", "memory", "speed"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    parser.add_argument("--case", type=json.loads)
-    parser.add_argument("--rates", type=json.loads)
-    parser.add_argument("--lock")
-    options = parser.parse_args()
-    if options.work == "rates":
-        print("RESULT " + json.dumps(rates_here(options.device)), flush=True)
-        return
-    case = Case(**options.case | {"lengths": tuple(options.case["lengths"])})
-    if options.device == "cpu":
-        cpu_worker(case, options.rates)
-    elif options.work == "memory":
-        gpu_worker(case, options.rates)
-    else:
-        speed_worker(case, options.rates, options.lock)
+def on_gpu(gpu: str, threads: int) -> None:
+    """This process on one GPU alone, with so many threads to compile; before torch is imported."""
+    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", Path(tempfile.gettempdir()) / "veneer-inductor")
+    os.environ |= {"CUDA_VISIBLE_DEVICES": gpu, "TORCHINDUCTOR_CACHE_DIR": str(Path(kept) / f"gpu{gpu}")}
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def serve(pipe: Any, device: str, gpu: str | None, threads: int) -> None:
+    """A worker: says that it is there; then answers (work, case, rates) with (record, whether it goes on) until None."""
+    if gpu is not None:
+        on_gpu(gpu, threads)
+    import veneer.training.bench  # noqa: F401 all that a run imports
+    import veneer.training.streamed  # noqa: F401
+
+    def wait() -> None:
+        pipe.send("ready")
+        pipe.recv()
+
+    pipe.send("there")
+    measures = {"memory": memory_of, "speed": speed_of, "cpu": cpu_memory_of}
+    while (asked := pipe.recv()) is not None:
+        work, case, rates = asked
+        known = {"case": asdict(case)} if case else {}
+        try:
+            answer = known | (rates_here(device) if work == "rates" else measures[work](case, rates, wait))
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            pipe.send((known | {"failed": f"{type(error).__name__}: {text[0][:400]}"}, False))
+            return
+        left = given_back() if device == "cuda" else 0
+        stays = device == "cuda" and left < LEFT
+        pipe.send((answer | ({"left": left} if case else {}), stays))
+        if not stays:
+            return
+
+
+def given_back() -> int:
+    """Forget what was compiled and free the device; bytes that are left on it."""
+    import torch
+
+    torch._dynamo.reset()
+    clean()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit("benchmarks/bench_plan.py starts this")

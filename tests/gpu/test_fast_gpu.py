@@ -49,12 +49,15 @@ def test_one_kernel_for_packed_rows(segments, window):
         assert error <= allowed + 4 * torch.finfo(torch.bfloat16).eps, (float(error), float(allowed))
 
 
+@pytest.mark.parametrize("vocabulary", [1003, 70_001])
 @pytest.mark.parametrize("softcap,scale", [(None, 1.0), (30.0, 0.5)])
-def test_the_heads_loss_in_compiled_chunks(softcap, scale, monkeypatch):
-    monkeypatch.setattr("veneer.kernels.cross_entropy.GPU_CHUNK_BYTES", 2 * 1003 * 50)
+def test_the_heads_loss_in_chunks(softcap, scale, vocabulary, monkeypatch):
+    monkeypatch.setattr("veneer.kernels.cross_entropy.GPU_CHUNK_BYTES", 2 * vocabulary * 50)
+    monkeypatch.setattr("veneer.kernels.cross_entropy.FEWEST_ROWS", 50)
     torch.manual_seed(0)
-    hidden, weight = torch.randn(123, 64, device="cuda"), torch.randn(1003, 64, device="cuda") / 8
-    targets = torch.randint(0, 1003, (123,), device="cuda")
+    hidden, weight = torch.randn(123, 64, device="cuda"), torch.randn(vocabulary, 64, device="cuda") / 8
+    targets = torch.randint(0, vocabulary, (123,), device="cuda")
+    targets[::7] = -100
 
     def run(impl, dtype):
         h = hidden.to(dtype).requires_grad_()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from veneer.kernels.compiling import compile_or_plain
 
 CHUNK_BYTES = 64 << 20
 """Float32 logits of one chunk: 64 MiB keep the products large and the peak small."""
@@ -81,18 +83,24 @@ def loss_and_slope(z: Tensor, targets: Tensor, softcap: float | None, logit_scal
     return loss, slope.to(z.dtype)
 
 
-_compiled = None
+@cache
+def _fastest() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`loss_and_slope`, or where triton is there its kernel."""
+    if find_spec("triton") is None:
+        return loss_and_slope
+    from veneer.kernels import cross_entropy_triton
+
+    return cross_entropy_triton.loss_and_slope
 
 
 def _on_gpu(ctx, hidden, weight, bias, targets, softcap, logit_scale, grad):
-    """The forward pass on a GPU: the element-wise part of each chunk is one compiled kernel."""
-    global _compiled
-    _compiled = _compiled or compile_or_plain(loss_and_slope)
+    """The forward pass on a GPU: the element-wise part of each chunk is one kernel, and its slope lies where logits did."""
     rows = chunk_rows(hidden.shape[0], weight.element_size() * weight.shape[0])
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    step = _fastest() if hidden.dtype != torch.float64 else loss_and_slope
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        losses[part], slope = _compiled(F.linear(hidden[part], weight, bias), targets[part], softcap, logit_scale)
+        losses[part], slope = step(F.linear(hidden[part], weight, bias), targets[part], softcap, logit_scale)
         torch.mm(slope, weight, out=grad[part])
     ctx.save_for_backward(grad)
     return losses
