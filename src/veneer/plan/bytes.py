@@ -301,7 +301,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         here, away = here + kept * rows, away + sent * rows
         here += 0.0 if cuda else sent * rows  # the host's memory is the device's, and holds both copies
         last.append(sent)
-    left = here + sum(last[-constants.AHEAD :]) * rows
+    left = here + sum(last[-constants.AHEAD :]) + (last[-1] * (rows - 1) if setting.stream != "off" else 0.0)
     chunk, positions = chunk_bytes(profile.vocabulary, tokens, each, cuda), tokens
     if setting.stream != "off":  # rows share a pass over the head
         positions = max(tokens, min(setting.tokens, constants.STREAM_HEAD_ROWS))
