@@ -178,9 +178,13 @@ def modes_of(setting: Setting, blocks: int) -> list[str]:
 
 
 def packs(setting: Setting) -> bool:
-    """Whether linears of one input are packed into one matrix, as compiled blocks have it; of a streamed base only 4-bit
-    ones are."""
-    return setting.compile and (setting.stream == "off" or setting.quant in ("nf4", "fp4"))
+    """Whether linears of one input are packed into one matrix, as compiled blocks have it."""
+    return setting.compile and (setting.stream == "off" or setting.quant in ("none", "nf4", "fp4"))
+
+
+def unpacks_rows(setting: Setting) -> bool:
+    """Whether each row makes float copies of quantised weights; of a packed streamed base each arriving block does."""
+    return setting.quant != "none" and not (packs(setting) and setting.stream != "off")
 
 
 def can_have_graphs(setting: Setting) -> bool:
@@ -194,15 +198,18 @@ def block_bytes(block: Block, quant: str, each: int) -> float:
 
 
 def base_bytes(profile: Profile, setting: Setting) -> float:
-    """The frozen weights on the device. Of a streamed base a few blocks and two pieces of the head are."""
+    """The frozen weights on the device. Of a streamed base a few blocks and two pieces of the head are; a packed one has
+    one as it comes and one as it is computed with."""
     each = profile.dtype_bytes
     blocks = [block_bytes(block, setting.quant, each) for block in profile.blocks]
-    beside = sum(block.beside for block in profile.blocks) * each if packs(setting) else 0
+    beside = [block.beside * each if packs(setting) else 0 for block in profile.blocks]
     if setting.stream == "off":
-        return sum(blocks) + beside + (profile.embedding + profile.head + profile.rest) * each
+        return sum(blocks) + sum(beside) + (profile.embedding + profile.head + profile.rest) * each
     head = (profile.head or profile.embedding) * each
     buffers = min(constants.STREAM_BUFFERS, len(blocks)) * max(blocks)
-    return buffers + beside + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
+    if packs(setting):
+        buffers = max(blocks) + max(block_bytes(b, "none", each) + extra for b, extra in zip(profile.blocks, beside))
+    return buffers + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
 
 
 def optimizer_bytes(profile: Profile, optimizer: str) -> tuple[float, float]:
@@ -225,11 +232,9 @@ def chunk_bytes(vocabulary: int, tokens: int, each: int, cuda: bool) -> float:
 def streamed_chunk_bytes(hidden: int, vocabulary: int, tokens: int, each: int) -> float:
     """The same where the head comes in pieces: a piece's logits, their gradients and float32 between them, and a running
     sum of the size of the hidden states in float32."""
-    columns, rows = (
-        min(vocabulary, constants.STREAM_HEAD_CHUNK // (hidden * each)),
-        min(tokens, constants.STREAM_HEAD_ROWS),
-    )
-    return rows * (columns * 2 * each + hidden * 2 * FLOAT32)
+    rows = min(tokens, constants.STREAM_HEAD_ROWS)
+    logits = min(rows * vocabulary * each, constants.STREAM_LOGITS, rows * constants.STREAM_HEAD_CHUNK // hidden)
+    return 2 * logits + rows * hidden * 2 * FLOAT32
 
 
 def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[float, float]:
@@ -267,6 +272,8 @@ def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
             kept, sent = kept_bytes(block, mode, tokens, False)
             most += max(0.0, sent + kept - block.kept(tokens))
         most += constants.EAGER_WORK * block.kept(tokens)
+    if not unpacks_rows(setting):
+        return most
     sizes, times = (block.groups, constants.UNPACKS[mode]) if packs(setting) else (block.linears, 1.0)
     return most + times * max((unpacked(n, setting.quant, each) for n in sizes), default=0.0)
 
@@ -294,11 +301,12 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         here, away = here + kept * rows, away + sent * rows
         here += 0.0 if cuda else sent * rows  # the host's memory is the device's, and holds both copies
         last.append(sent)
-    left = here + sum(last[-constants.AHEAD :]) * rows
-    chunk = chunk_bytes(profile.vocabulary, tokens, each, cuda)
-    if setting.stream != "off":
-        chunk = streamed_chunk_bytes(profile.hidden, profile.vocabulary, tokens, each)
-    there = profile.head_end(tokens) + (constants.HEAD_INPUTS * profile.hidden * each * tokens if cuda else 0.0)
+    left = here + sum(last[-constants.AHEAD :]) + (last[-1] * (rows - 1) if setting.stream != "off" else 0.0)
+    chunk, positions = chunk_bytes(profile.vocabulary, tokens, each, cuda), tokens
+    if setting.stream != "off":  # rows share a pass over the head
+        positions = max(tokens, min(setting.tokens, constants.STREAM_HEAD_ROWS))
+        chunk = streamed_chunk_bytes(profile.hidden, profile.vocabulary, positions, each)
+    there = profile.head_end(positions) + (constants.HEAD_INPUTS * profile.hidden * each * positions if cuda else 0.0)
     peaks.append((left, there, chunk, "the loss"))
     peaks.append((left, max(profile.head_peak(tokens), profile.tail_peak(tokens)), 0.0, "the final norm"))
     kept, work, head, at = max(peaks, key=lambda peak: sum(peak[:3]))
