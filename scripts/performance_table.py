@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs/performance.md"
 RUNS = {
@@ -15,7 +18,12 @@ RUNS = {
     "gpu_train_h100.json": " (before the gated MLP as one function)",
     "gpu_train_h200.json": " (before packed groups and CUDA graphs)",
 }
-NAMES = {"peft": "PEFT", "peft-nocast": "PEFT, no float32 cast", "liger-nocast": "PEFT + Liger, no float32 cast"}
+NAMES = {
+    "trl": "TRL",
+    "peft": "PEFT",
+    "peft-nocast": "PEFT, no float32 cast",
+    "liger-nocast": "PEFT + Liger, no float32 cast",
+}
 MODES = {"ckpt": "checkpointing", "none": "no recompute"}
 HEAD = """# Performance on a GPU
 
@@ -84,11 +92,31 @@ def by_length(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+SAME = "8B bf16 4x2048"
+"""The cases of this shape are on one plot of speed against memory."""
+
+
+def plot_memory(record: dict, file: Path) -> None:
+    """tokens/s against peak memory of all that ran steps of one shape; Veneer's settings are one line."""
+    from matplotlib import pyplot
+
+    rows = [row for case, rows in record["cases"].items() if case.startswith(SAME) for row in rows if "peak_gib" in row]
+    rows = sorted((row for row in rows if not row["who"].endswith(":again")), key=lambda row: row["peak_gib"])
+    figure, axis = pyplot.subplots(figsize=(7, 4))
+    for side in dict.fromkeys(row["who"].split(":")[0] for row in rows):
+        own = [row for row in rows if row["who"].split(":")[0] == side]
+        style = {"marker": "o", "linewidth": 2.2} if side == "veneer" else {"marker": "s", "linewidth": 0}
+        label = {"veneer": "Veneer, settings of the dial"}.get(side, NAMES.get(side, side.capitalize()))
+        axis.plot([r["peak_gib"] for r in own], [r["tokens_per_second"] for r in own], label=label, **style)
+    axis.set(xlabel="peak GiB", ylabel="tokens/s", title=SAME, ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
 def plot(rows: list[dict], file: Path) -> None:
     """tokens/s and peak memory against the length of a sequence."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
@@ -119,7 +147,11 @@ def main() -> None:
             MACHINE.format(more=more, rates=said, **{k: record[k] for k in ("device", "torch", "transformers")})
         )
         for case, rows in record["cases"].items():
-            if case.endswith("by length"):
+            if case == f"{SAME} in less memory" and not more:
+                plot_memory(record, ROOT / "docs/performance_memory.png")
+                parts.append(f"### {case}\n\n{table(case, rows, rates[case])}\n")
+                parts.append("![tokens/s against memory](performance_memory.png)\n")
+            elif case.endswith("by length"):
                 plot(rows, ROOT / "docs/performance_length.png")
                 parts.append(f"### {case}\n\n{LENGTHS}\n\n{by_length(rows)}\n")
                 parts.append("![tokens/s and memory against sequence length](performance_length.png)\n")

@@ -216,6 +216,20 @@ def test_cuda_graphs_come_where_twice_a_row_fits(planned):
         assert chosen.setting.graphs == wish and chosen.wanted <= budget
 
 
+def test_a_streamed_4_bit_block_is_there_packed_and_unpacked_and_rows_unpack_nothing(planned):
+    said = planned(rows="equal", dtype="bfloat16", layers=6)
+    setting = size.Setting("nf4", "recompute-offload", 512, 512, 4096, compile=True, stream="host")
+    block, each = said.blocks[0], said.dtype_bytes
+    buffers = size.block_bytes(block, "nf4", each) + size.block_bytes(block, "none", each) + block.beside * each
+    beside = size.base_bytes(said, setting) - buffers
+    assert beside == pytest.approx(said.head * each + said.rest * each)
+    resident, eager = replace(setting, stream="off"), replace(setting, compile=False)
+    assert [size.unpacks_rows(s) for s in (setting, resident, eager)] == [False, True, True]
+    assert size.work_bytes(block, setting.dial, setting, each) < size.work_bytes(block, setting.dial, resident, each)
+    times = [step(said, replace(setting, tokens=tokens), CARDS[0].rates).compute for tokens in (512, 4096)]
+    assert times[1] < 8 * times[0]  # what is unpacked serves all rows
+
+
 def test_what_the_user_fixed_stays(planned):
     said = planned(rows="equal", dtype="bfloat16")
     fixed = {"dial": "recompute", "quant": "nf4", "micro_tokens": 512, "optimizer": "adamw-8bit", "stream": "off"}

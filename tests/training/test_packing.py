@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import veneer
 from conftest import tiny_llama
 from veneer.kernels.gated_mlp import gated_mlp, graph_gated_mlps
 from veneer.training.accelerate import Accelerated
-from veneer.training.graphs import padded, rounded
+from veneer.training.graphs import MOST, padded, rounded
 from veneer.training.packing import Packing, watch
 
 IDS = torch.arange(1, 40)[None]
@@ -130,7 +132,7 @@ def test_a_padded_row_has_the_loss_of_the_row():
         TokenizedExample(random.integers(1, 60, n).astype(np.int32), random.random(n) < 0.6) for n in (9, 14, 5)
     ]
     (row,) = rows.pack(examples, 1000, False)
-    more = padded(row, rounded(len(row.input_ids), 256), len(row.targets) + 5)
+    more = padded(row, rounded(len(row.input_ids)), len(row.targets) + 5)
     assert len(more.input_ids) == 32 and (more.targets[-5:] == -1).all()
     with rows.attention():
         with rows.row(row) as wanted, torch.no_grad():
@@ -139,6 +141,9 @@ def test_a_padded_row_has_the_loss_of_the_row():
             torch.testing.assert_close(found.detach(), wanted, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize(("count", "most", "wanted"), [(1, 64, 16), (17, 64, 32), (2048, 2048, 2048), (300, 2048, 512)])
-def test_rows_are_rounded_to_few_sizes(count, most, wanted):
-    assert rounded(count, most) == wanted
+@given(most=st.integers(64, 1 << 18))
+def test_rows_are_rounded_to_few_sizes(most):
+    counts = [*range(1, 64), *(most * n // 400 for n in range(25, 401))]
+    sizes = [rounded(count) for count in counts]
+    assert all(count <= size <= max(count + 15, 1.25 * count) for count, size in zip(counts, sizes))
+    assert len({size for size in sizes[63:]}) <= MOST

@@ -4,87 +4,16 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from torch._dynamo.backends.debugging import aot_eager
-from torch.utils.checkpoint import checkpoint
+from streamed_steps import EXAMPLES, WIDE, same, save, step
 
 import veneer
 from conftest import tiny_llama
 from veneer.base.load import load_base
 from veneer.base.stream_load import load_streamed
 from veneer.config import TrainConfig
-from veneer.data.example import TokenizedExample
 from veneer.errors import BaseModelError, ConfigError
-from veneer.training.accelerate import Accelerated
-from veneer.training.flat import FlatOptimizer
-from veneer.training.forward import RowModel
-from veneer.training.streamed import StreamedRows
-
-
-def examples(lengths, vocabulary=400):
-    random = np.random.default_rng(0)
-    return [
-        TokenizedExample(random.integers(1, vocabulary, n).astype(np.int32), random.random(n) < 0.7) for n in lengths
-    ]
-
-
-EXAMPLES = examples((20, 33, 7, 40))
-
-
-def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True, compile=False, steps=1):
-    """(losses by row, gradients by parameter) of one step, the last of several; streamed if the model is."""
-    bank = veneer.attach(model, adapter, seed=0)
-    streamed = hasattr(model, "veneer_stream")
-    if streamed:
-        model.veneer_stream.settle()
-    torch.manual_seed(1)
-    parameters = bank.parameters("default")
-    for parameter in parameters.values():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    model.train()
-    optimizer = FlatOptimizer(parameters, veneer.OptimConfig())
-    options = {"modes": modes, "compile": compile}
-    rows = StreamedRows(model, packing=packing, **options) if streamed else RowModel(model, packing=packing)
-    fast = rows if streamed else Accelerated(model, **options)
-    packed = rows.pack(data, tokens, True)
-    supervised = sum(len(row.targets) for row in packed)
-    torch.manual_seed(2)
-    with rows.attention(), fast:
-        for n in range(steps):
-            if n:
-                optimizer.step()
-            optimizer.zero_grad()
-            if streamed:
-                losses = rows.backward(packed, supervised)
-                continue
-            losses = []
-            for row in packed:
-                fast.start()
-                with rows.row(row) as loss:
-                    (loss / supervised).backward()
-                losses.append(loss.detach())
-        if streamed and compile:
-            assert all(part.packed for block in rows.blocks for part in block.modules() if hasattr(part, "packed"))
-            for kept, loss in zip(losses, rows.losses(packed), strict=True):  # an evaluation has the step's factors
-                torch.testing.assert_close(loss, kept)
-    return losses, {name: p.grad.clone() for name, p in parameters.items() if p.requires_grad}
-
-
-def same(found, wanted):
-    for a, b in zip(found[0], wanted[0], strict=True):
-        assert torch.equal(a, b)
-    assert found[1].keys() == wanted[1].keys()
-    for name, grad in wanted[1].items():
-        assert torch.equal(found[1][name], grad), name
-    assert any(grad.abs().sum() > 0 for grad in wanted[1].values())
-
-
-def save(model, path, tokenizer):
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -119,59 +48,10 @@ def test_every_setting_of_the_dial(llama_dir, modes, monkeypatch):
     same(step(load_streamed(llama_dir, device="cpu")[0], config, modes=modes), wanted)
 
 
-def test_compiled_blocks_are_packed_as_they_arrive(tmp_path, tokenizer, monkeypatch):
-    """From a bfloat16 file, cast on the way; the factors change from step to step. Traced, without the C++ compiler."""
-    traced = []
-
-    def compile_fx(graph, inputs):
-        traced.append([getattr(node.target, "__name__", "") for node in graph.graph.nodes])
-        return aot_eager(graph, inputs)
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    torch._dynamo.reset()
-    folder, config = save(tiny_llama(num_hidden_layers=3).bfloat16(), tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
-    options = {"device": "cpu", "dtype": "float32"}
-    more = {"steps": 2, "data": EXAMPLES[3:]}  # one row: on a CPU each row's segments are compiled anew
-    wanted = step(load_base(folder, **options)[0], config, **more)
-    streamed = load_streamed(folder, where="disk", **options)[0]
-    before = streamed.veneer_stream.conveyor.nbytes
-    found = step(streamed, config, compile=True, modes="recompute-offload", **more)
-    torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-5, atol=0)
-    for name, grad in wanted[1].items():
-        torch.testing.assert_close(
-            found[1][name], grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 1e-9, msg=name
-        )
-    assert {(names.count("lora_group"), names.count("gated_mlp")) for names in traced} == {
-        (2, 1)
-    }  # q, k, v; o; the rest
-    assert streamed.veneer_stream.conveyor.nbytes == before  # as it was
-    assert not any(getattr(part, "packed", None) for part in streamed.modules())
-
-
-@pytest.mark.parametrize("quant", [None, "nf4"])
-def test_long_rows_go_through_mlps_in_chunks(tmp_path, tokenizer, quant, monkeypatch):
-    monkeypatch.setattr("veneer.training.store.SMALL", 1)
-    monkeypatch.setattr("veneer.training.streamed.LONG", 35)  # of the rows of 27, 33 and 40 tokens the last
-    monkeypatch.setattr("veneer.training.chunks.CHUNK", 16)
-    sizes = []
-    monkeypatch.setattr(
-        "veneer.training.chunks.checkpoint",
-        lambda f, x, **more: (sizes.append(x.shape[1]), checkpoint(f, x, **more))[1],
-    )
-    model = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=128, num_attention_heads=4)
-    folder, config = save(model, tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
-    wanted = step(load_base(folder, device="cpu", quant=quant)[0], config)
-    found = step(load_streamed(folder, device="cpu", quant=quant)[0], config, modes="recompute-offload")
-    assert set(sizes) == {16, 8}
-    torch.testing.assert_close(torch.stack(found[0]), torch.stack(wanted[0]), rtol=1e-6, atol=0)
-    for name, grad in wanted[1].items():
-        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max()) + 1e-12)
-
-
 @pytest.mark.parametrize("where", ["host", "disk"])
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_quantised_bases(tmp_path, tokenizer, where, quant):
-    model = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    model = tiny_llama(**WIDE)
     folder, config = save(model, tmp_path, tokenizer), veneer.AdapterConfig(rank=4)
     wanted = step(load_base(folder, device="cpu", quant=quant)[0], config)
     streamed = load_streamed(folder, where=where, device="cpu", quant=quant)[0]
@@ -395,10 +275,11 @@ def test_a_streamed_model_has_no_gradients_of_its_own(llama_dir):
 
 @pytest.mark.parametrize(("softcap", "scale", "bias"), [(None, 1.0, False), (5.0, 0.5, True)])
 def test_the_streamed_heads_loss_is_the_plain_one(softcap, scale, bias, monkeypatch):
-    """252×507×123 in pieces of 100 rows, against float64."""
+    """252×507×123 in pieces of 100 rows, taken in three parts each, against float64."""
     from veneer.kernels import reference, streamed_head
 
     monkeypatch.setattr(streamed_head, "ROWS", 100)
+    monkeypatch.setattr(streamed_head, "LOGITS", 100 * 4 * 37)
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(252, 123), torch.randn(507, 123), torch.randint(0, 507, (252,))
     b = torch.randn(507) if bias else None

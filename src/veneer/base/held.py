@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,16 +116,18 @@ class Block:
                     raise BaseModelError("the base's weights file became shorter while it was being read")
                 done += count
 
-    def spots(self, matrices: Sequence[tuple[Sequence[Leaf], int, int]]) -> tuple[list[Spot], list[int], int]:
+    def spots(
+        self, matrices: Sequence[tuple[Sequence[Leaf], int, int, torch.dtype]], left: Collection[int] = ()
+    ) -> tuple[list[Spot | None], list[int], int]:
         """Places for the tensors in another buffer: (each leaf's, the start of each matrix, bytes in all).
 
-        A matrix is (leaves, rows, columns): these lie below one another at its left edge, and the rest of it is free.
-        All other leaves lie one after the other.
+        A matrix is (leaves, rows, columns, dtype): these lie below one another at its left edge, and the rest of it is
+        free. Leaves whose `id` is in `left` get no place, and all others lie one after the other.
         """
-        found: dict[int, Spot] = {}
+        found: dict[int, Spot | None] = dict.fromkeys(left)
         starts, at = [], 0
-        for leaves, rows, columns in matrices:
-            each, row = leaves[0].dtype.itemsize, 0
+        for leaves, rows, columns, dtype in matrices:
+            each, row = dtype.itemsize, 0
             starts.append(at)
             for leaf in leaves:
                 found[id(leaf)] = at + row * columns * each, (columns, 1)

@@ -56,12 +56,17 @@ class Conveyor:
         self.arrange()
 
     def arrange(
-        self, spots: Sequence[Sequence[Spot]] = (), nbytes: int = 0, arrived: Callable[[int], None] = lambda i: None
+        self,
+        spots: Sequence[Sequence[Spot | None]] = (),
+        nbytes: int = 0,
+        arrived: Callable[[int, list[Tensor]], None] = lambda i, raw: None,
     ) -> None:
         """Make the buffers. With `spots` (of each block) there is one to copy to, and one of `nbytes` to compute from.
 
-        Each block's tensors are moved there as it is used, each to its spot; then `arrived` is called with its number.
-        What else lies in that buffer is the caller's, and zero at first. The next block is copied meanwhile.
+        Each block's tensors are moved there as it is used, each to its spot (None: it is not moved, and modules go on
+        seeing the host's); then `arrived` is called with its number and its tensors as they were copied, which it may
+        read on the current stream. What else lies in that buffer is the caller's, and zero at first. The next block is
+        copied meanwhile.
         """
         for ready in self.ready:
             if isinstance(ready, Future):
@@ -124,8 +129,8 @@ class Conveyor:
             self.left_stage = self.stream.record_event() if source is not block.flat else None
             return self.left_stage or self.stream.record_event()
 
-    def _arrive(self, i: int) -> list[Tensor]:
-        """Block i's tensors on the device, once its copy is done."""
+    def _arrive(self, i: int) -> list[Tensor | None]:
+        """Block i's tensors on the device, once its copy is done; None for those that are not moved."""
         self.fetch(i)
         slot, block = self.slot_of[i], self.blocks[i]
         if isinstance(self.ready[slot], Future):
@@ -136,20 +141,20 @@ class Conveyor:
             block.views[slot] = self._views(i, slot)
         raw, views = block.views[slot][: len(block.leaves)], block.views[slot][len(block.leaves) :]
         for stored, view in zip(raw, views):
-            if view is not stored:
-                copy(view, stored)
+            if view is not None and view is not stored:
+                copy(view.data, stored)  # autograd does not see it
         if self.spots:
+            self.arrived(i, raw)
             self._left(slot)
-            self.arrived(i)
         return views
 
-    def _views(self, i: int, slot: int) -> list[Tensor]:
+    def _views(self, i: int, slot: int) -> list[Tensor | None]:
         """Block i's tensors as they come, then as they are computed with."""
         leaves = self.blocks[i].leaves
         raw = [view_of(self.slots[slot], leaf.offset, leaf.home, leaf.home.dtype) for leaf in leaves]
         if self.spots:
             spots = zip(leaves, self.spots[i])
-            return raw + [view_of(self.cast, at, leaf.home, leaf.dtype, stride) for leaf, (at, stride) in spots]
+            return raw + [spot and view_of(self.cast, spot[0], leaf.home, leaf.dtype, spot[1]) for leaf, spot in spots]
         return raw + [
             view_of(self.cast, leaf.cast_offset, leaf.home, leaf.dtype) if leaf.dtype != leaf.home.dtype else view
             for leaf, view in zip(leaves, raw)
@@ -170,7 +175,7 @@ class Conveyor:
             self.fetch(j)
         block = self.blocks[i]
         for leaf, view in zip(block.leaves, views):
-            for place in leaf.places:
+            for place in leaf.places if view is not None else ():
                 place.put(view)
         try:
             yield views

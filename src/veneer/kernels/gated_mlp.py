@@ -64,17 +64,17 @@ class GatedMlp(torch.autograd.Function):
     def backward(ctx, grad):
         x, low, gate, up, scaling, scaling2, *rest = ctx.saved_tensors
         (sizes, sizes2), (ranks, ranks2), count = ctx.sizes, ctx.ranks, ctx.count
-        packed, packed2 = matrix_of(rest[:count], ctx.again), matrix_of(rest[count : count + ctx.count2], ctx.again)
 
+        packed2 = matrix_of(rest[count : count + ctx.count2], ctx.again)
         wide2 = beside_ranks([grad.reshape(-1, grad.shape[-1])], ranks2)
         u2, h = input_gradient(wide2, packed2, ranks2, True)
+        lora_A = packed2[sum(sizes2) :, : h.shape[1]]
         wide = torch.ops.veneer.gated_backward(gate, up, h, sum(ranks), ctx.kind)  # h was ∂L/∂h until here
-        low2 = h @ packed2[sum(sizes2) :, : h.shape[1]].t() if ctx.low_again else rest[-1]
-        u, grad_x = input_gradient(wide, packed, ranks, ctx.needs_input_grad[0])
-        factors = [
-            *factor_gradients(wide, u, x, low, scaling, sizes, ranks),
-            *factor_gradients(wide2, u2, h, low2, scaling2, sizes2, ranks2),
-        ]
+        low2 = h @ lora_A.t() if ctx.low_again else rest[-1]
+        last = factor_gradients(wide2, u2, h, low2, scaling2, sizes2, ranks2)
+        del packed2, lora_A, h  # before the larger matrix is unpacked
+        u, grad_x = input_gradient(wide, matrix_of(rest[:count], ctx.again), ranks, ctx.needs_input_grad[0])
+        factors = [*factor_gradients(wide, u, x, low, scaling, sizes, ranks), *last]
         factors = [d.to(dtype) for d, dtype in zip(factors, ctx.dtypes)]
         return None if grad_x is None else grad_x.view(ctx.shape), *[None] * 5, *factors
 

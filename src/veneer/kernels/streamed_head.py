@@ -7,7 +7,7 @@ sum s of exp(z − m) and a of exp(z − m) W_c are kept, and the last two are r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from veneer.kernels.compiling import compile_or_plain
 
 ROWS = 8192
 """Positions taken at once: they bound the memory, which does not depend on the vocabulary."""
+LOGITS = 64 << 20
+"""Bytes of the logits that are there at once, and of their slopes: larger pieces are taken in parts of their rows."""
 Pieces = Callable[[], Iterable[tuple[int, Tensor]]]
 """Gives (first row, rows of W) from the start of the vocabulary to its end."""
 
@@ -73,17 +75,27 @@ def _rows(step, h, pieces, bias, targets, softcap, logit_scale, grad) -> Tensor:
     s, wanted = (torch.zeros(len(h), 1, dtype=torch.float32, device=h.device) for _ in range(2))
     m = torch.full_like(s, float("-inf"))
     a = None if grad is None else torch.zeros(h.shape, dtype=torch.float32, device=h.device)
-    for first, weight in pieces():
+    for first, weight in _smaller(pieces(), max(1, LOGITS // (len(h) * h.element_size()))):
         z = F.linear(h, weight, None if bias is None else bias[first : first + len(weight)])
         place = targets - first
         m, s, wanted, rescale, slope, at_target = step(z, place, m, s, wanted, softcap, logit_scale)
+        del z
         if grad is not None:
             a.mul_(rescale).add_(slope @ weight)
             grad.addcmul_(weight[place.clamp(0, len(weight) - 1).squeeze(-1)], at_target.to(grad.dtype))
+        del slope
     if grad is not None:
         torch.sub(a.div_(s), grad, out=a)
         grad.copy_(a)
     return (s.log() + m - wanted).squeeze(-1)
+
+
+def _smaller(pieces: Iterable[tuple[int, Tensor]], rows: int) -> Iterator[tuple[int, Tensor]]:
+    """The same pieces in parts of at most so many rows, of nearly one size."""
+    for first, weight in pieces:
+        for part in weight.chunk(-(-len(weight) // rows)):
+            yield first, part
+            first += len(part)
 
 
 def streamed_cross_entropy(

@@ -6,7 +6,7 @@ kernel reads the packed values and both levels of scales, and writes P.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,11 +36,35 @@ def unpack(source: Sequence[Tensor], again: bool) -> Tensor:
 
 def unpack_plain(side, bottom, code, nested_code, packed, absmax, nested, offset, again) -> Tensor:
     """The definition of `veneer::unpack4`."""
+    return _filled(unpack_rows_plain, side, bottom, code, nested_code, packed, absmax, nested, offset)
+
+
+def unpack_rows_plain(
+    rows: Tensor, packed: Tensor, code: Tensor, absmax: Tensor, nested: Tensor, nested_code: Tensor, offset: Tensor
+) -> None:
+    """One W_i of `unpack` into `rows` (O_i, I), a view of any stride."""
+    if nested.numel():
+        absmax = nested_code[absmax.long()] * nested.repeat_interleave(NESTED)[: absmax.numel()] + offset
+    rows.copy_(blockwise4_weight(packed, code, absmax, tuple(rows.shape), BLOCK))
+
+
+def unpack_rows(rows: Tensor, *source: Tensor) -> None:
+    """`unpack_rows_plain`; on a GPU where triton is, one triton kernel."""
+    (_gpu_rows() if rows.is_cuda else unpack_rows_plain)(rows, *source)
+
+
+def _gpu_rows() -> Callable[..., None]:
+    try:
+        from veneer.kernels.unpack_triton import unpack_into
+    except ImportError:
+        return unpack_rows_plain
+    return unpack_into
+
+
+def _filled(into: Callable[..., None], side, bottom, code, nested_code, packed, absmax, nested, offset) -> Tensor:
     out = _matrix(side, bottom)
     for rows, q, scales, outer, shift in zip(_rows(out, packed, bottom), packed, absmax, nested, offset):
-        if outer.numel():
-            scales = nested_code[scales.long()] * outer.repeat_interleave(NESTED)[: scales.numel()] + shift
-        rows.copy_(blockwise4_weight(q, code, scales, tuple(rows.shape), BLOCK))
+        into(rows, q, code, scales, outer, nested_code, shift)
     return out
 
 
@@ -65,14 +89,7 @@ def _rows(out: Tensor, packed: Sequence[Tensor], bottom: Tensor) -> list[Tensor]
 
 def unpack_gpu(side, bottom, code, nested_code, packed, absmax, nested, offset, again) -> Tensor:
     """`unpack_plain` as one triton kernel for each linear, where triton is there."""
-    try:
-        from veneer.kernels.unpack_triton import unpack_into
-    except ImportError:
-        return unpack_plain(side, bottom, code, nested_code, packed, absmax, nested, offset, again)
-    out = _matrix(side, bottom)
-    for rows, q, scales, outer, shift in zip(_rows(out, packed, bottom), packed, absmax, nested, offset):
-        unpack_into(rows, q, code, scales, outer, nested_code, shift)
-    return out
+    return _filled(_gpu_rows(), side, bottom, code, nested_code, packed, absmax, nested, offset)
 
 
 def _shape_only(side, bottom, code, nested_code, packed, absmax, nested, offset, again) -> Tensor:

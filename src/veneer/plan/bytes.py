@@ -180,9 +180,13 @@ def modes_of(setting: Setting, blocks: int) -> list[str]:
 
 
 def packs(setting: Setting) -> bool:
-    """Whether linears of one input are packed into one matrix, as compiled blocks have it; of a streamed base only 4-bit
-    ones are."""
-    return setting.compile and (setting.stream == "off" or setting.quant in ("nf4", "fp4"))
+    """Whether linears of one input are packed into one matrix, as compiled blocks have it."""
+    return setting.compile and (setting.stream == "off" or setting.quant in ("none", "nf4", "fp4"))
+
+
+def unpacks_rows(setting: Setting) -> bool:
+    """Whether each row makes float copies of quantised weights; of a packed streamed base each arriving block does."""
+    return setting.quant != "none" and not (packs(setting) and setting.stream != "off")
 
 
 def can_have_graphs(setting: Setting) -> bool:
@@ -207,16 +211,19 @@ def block_bytes(block: Block, quant: str, each: int) -> float:
 
 
 def base_bytes(profile: Profile, setting: Setting) -> float:
-    """The frozen weights on the device. Of a streamed base a few blocks and two pieces of the head are."""
+    """The frozen weights on the device. Of a streamed base a few blocks and two pieces of the head are; a packed one has
+    one as it comes and one as it is computed with."""
     each = profile.dtype_bytes
     blocks = [block_bytes(block, setting.quant, each) for block in profile.blocks]
-    beside = sum(block.beside for block in profile.blocks) * each if packs(setting) else 0
+    beside = [block.beside * each if packs(setting) else 0 for block in profile.blocks]
     if setting.stream == "off":
         away = profile.movable if embedding_away(profile, setting) else 0
-        return sum(blocks) + beside + (profile.embedding - away + profile.head + profile.rest) * each
+        return sum(blocks) + sum(beside) + (profile.embedding - away + profile.head + profile.rest) * each
     head = (profile.head or profile.embedding) * each
     buffers = min(constants.STREAM_BUFFERS, len(blocks)) * max(blocks)
-    return buffers + beside + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
+    if packs(setting):
+        buffers = max(blocks) + max(block_bytes(b, "none", each) + extra for b, extra in zip(profile.blocks, beside))
+    return buffers + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
 
 
 def optimizer_bytes(profile: Profile, optimizer: str) -> tuple[float, float]:
@@ -241,11 +248,9 @@ def chunk_bytes(vocabulary: int, tokens: int, each: int, cuda: bool) -> float:
 def streamed_chunk_bytes(hidden: int, vocabulary: int, tokens: int, each: int) -> float:
     """The same where the head comes in pieces: a piece's logits, their gradients and float32 between them, and a running
     sum of the size of the hidden states in float32."""
-    columns, rows = (
-        min(vocabulary, constants.STREAM_HEAD_CHUNK // (hidden * each)),
-        min(tokens, constants.STREAM_HEAD_ROWS),
-    )
-    return rows * (columns * 2 * each + hidden * 2 * FLOAT32)
+    rows = min(tokens, constants.STREAM_HEAD_ROWS)
+    logits = min(rows * vocabulary * each, constants.STREAM_LOGITS, rows * constants.STREAM_HEAD_CHUNK // hidden)
+    return 2 * logits + rows * hidden * 2 * FLOAT32
 
 
 def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[float, float]:
@@ -286,8 +291,9 @@ def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
             kept, sent = kept_bytes(block, mode, tokens, False)
             most += max(0.0, sent + kept - block.kept(tokens))
         most += constants.EAGER_WORK * block.kept(tokens)
-    packed_here = packs(setting) and not chunked(setting, mode)
-    sizes, times = (block.groups, constants.UNPACKS[mode]) if packed_here else (block.linears, 1.0)
+    if not unpacks_rows(setting):
+        return most
+    sizes, times = (block.groups, constants.UNPACKS[mode]) if packs(setting) else (block.linears, 1.0)
     return most + times * max((unpacked(n, setting.quant, each) for n in sizes), default=0.0)
 
 
@@ -315,10 +321,12 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         last.append(sent)
         there_still.append(sent if setting.compile else min(sent, max(0.0, block.kept(tokens) - kept)))
     left = here + sum(there_still[-constants.AHEAD :])
-    chunk = chunk_bytes(profile.vocabulary, tokens, each, cuda)
+    left += there_still[-1] * (rows - 1) if setting.stream != "off" else 0.0
+    chunk, positions = chunk_bytes(profile.vocabulary, tokens, each, cuda), tokens
     if setting.stream != "off" and (profile.head or profile.embedding) * each > constants.STREAM_HEAD_CHUNK:
-        chunk = streamed_chunk_bytes(profile.hidden, profile.vocabulary, tokens * rows, each)
-    there = profile.head_end(tokens) + (constants.HEAD_INPUTS * profile.hidden * each * tokens if cuda else 0.0)
+        positions = max(tokens, min(setting.tokens, constants.STREAM_HEAD_ROWS))  # rows share a pass over the head
+        chunk = streamed_chunk_bytes(profile.hidden, profile.vocabulary, positions, each)
+    there = profile.head_end(positions) + (constants.HEAD_INPUTS * profile.hidden * each * positions if cuda else 0.0)
     peaks.append((left, there, chunk, "the loss"))
     peaks.append((left, max(profile.head_peak(tokens), profile.tail_peak(tokens)), 0.0, "the final norm"))
     kept, work, head, at = max(peaks, key=lambda peak: sum(peak[:3]))

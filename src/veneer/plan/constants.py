@@ -81,6 +81,8 @@ STREAM_BUFFERS = 2
 STREAM_HEAD_CHUNK, STREAM_HEAD_ROWS = 64 * MIB, 8192
 """Bytes of a streamed head on the device at once, twice, and positions that it is applied to at once: `base.stream` and
 `kernels.streamed_head`."""
+STREAM_LOGITS = 64 * MIB
+"""Bytes of the logits that a streamed head makes at once: `kernels.streamed_head.LOGITS`."""
 OVERLAP = 0.9
 """Share of the shorter of compute and copies that is hidden behind the longer."""
 

@@ -111,10 +111,11 @@ def step(profile: Profile, setting: size.Setting, rates: Rates) -> Time:
 
 
 def _turns(profile: Profile, block: Block, mode: str, setting: size.Setting, rates: Rates) -> tuple[float, float]:
-    """Seconds of a block's forward and backward pass on one row."""
+    """Seconds of a block's forward and backward pass on one row; what is done once for all rows, by row."""
     tokens, compiled = setting.micro_tokens, setting.compile
     seen = attention(block, tokens, setting.sequence, rates)
     float_copy = unpacking(block, setting.quant, profile.dtype_bytes, rates)
+    float_copy /= 1 if size.unpacks_rows(setting) else setting.rows
     forward, backward = (
         of_ops(ops, tokens, rates, compiled, setting.graphs) + seen * share + float_copy
         for ops, share in ((block.forward_ops, 1), (block.backward_ops, constants.ATTENTION_BACKWARD))

@@ -41,9 +41,9 @@ def padded(row: Row, tokens: int, targets: int) -> Row:
     )
 
 
-def rounded(count: int, most: int) -> int:
-    """A count rounded up to the next eighth of the power of two above `most`, at least 16."""
-    step = max(16, (1 << (most - 1).bit_length()) // 8)
+def rounded(count: int) -> int:
+    """A count rounded up to the next eighth of the power of two at or above it, at least 16: at most a quarter more."""
+    step = max(16, (1 << (count - 1).bit_length()) // 8)
     return -(-count // step) * step
 
 
@@ -72,7 +72,7 @@ class RowGraphs:
     """
 
     def __init__(self, rows: RowModel, fast: Accelerated, config: OptimConfig, note: Callable[[str], None]) -> None:
-        self.rows, self.fast, self.most, self.note = rows, fast, config.micro_batch_tokens, note
+        self.rows, self.fast, self.note = rows, fast, note
         self.possible = (
             config.cuda_graphs == "auto"
             and fast.device.type == "cuda"
@@ -90,8 +90,8 @@ class RowGraphs:
         """Add the gradients of weight × the row's summed loss; returns the loss, a float32 scalar."""
         if not self.possible or any(s.prefix_end > s.prefix_start for s in row.segments):
             return self._plain(row, weight)
-        tokens = rounded(len(row.input_ids), self.most)
-        row = padded(row, tokens, min(rounded(len(row.targets), self.most), max(tokens, len(row.targets))))
+        tokens = rounded(len(row.input_ids))
+        row = padded(row, tokens, min(rounded(len(row.targets)), max(tokens, len(row.targets))))
         layout = Layout.of(segments_of(row), torch.device("cpu"))
         key = (len(row.input_ids), len(row.targets), len(layout.cu_q), layout.longest_q, layout.equal)
         key += (len(row.segments) > 1,)

@@ -57,8 +57,8 @@ class Host:
 
     def open_group(self) -> list[Parcel]:
         """The next block's parcels; lets go of what blocks `AHEAD` of it left on the device."""
-        for group in self.groups[: -self.AHEAD + 1 or None]:
-            self.let_go(group)
+        if len(self.groups) >= self.AHEAD:  # those before were let go of in their turn
+            self.let_go(self.groups[-self.AHEAD])
         self.groups.append([])
         return self.groups[-1]
 
@@ -97,7 +97,7 @@ class Host:
 
     def take(self, parcel: Parcel, group: list[Parcel]) -> Tensor:
         """The tensor of a parcel; the rest of its group and the group before it are fetched ahead."""
-        at = next((i for i, other in enumerate(self.groups) if other is group), None)
+        at = next((i for i in reversed(range(len(self.groups))) if self.groups[i] is group), None)
         if at is not None:
             for early in (*group, *(self.groups[at - 1] if at else ())):
                 self.fetch(early)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.random import fork_rng
 
-from veneer.adapter import quantised
 from veneer.adapter.attach import get_bank
 from veneer.adapter.layers import AdaptedModule
 from veneer.adapter.targets import input_embedding, output_head
@@ -85,7 +84,7 @@ class StreamedRows(RowModel):
         modes = "recompute" if modes == "keep" else modes
         self.fast = Accelerated(
             model, modes=modes, keep=keep, compile=compile, dynamic=dynamic, note=note, device=self.base.device,
-            packs=False,  # a packed matrix of every block would stay on the device: see `_pack`
+            packs=False,  # `_pack` does
             lean=True, long=LONG,
         )  # fmt: skip
         self._keep_out()
@@ -242,24 +241,18 @@ class StreamedRows(RowModel):
 
     @torch.no_grad()
     def _pack(self, hidden: Tensor, args: tuple, kwargs: dict) -> None:
-        """As `Accelerated` does for compiled blocks; float matrices in the one buffer that blocks are computed from."""
+        """As `Accelerated` does for compiled blocks, in the one buffer that blocks are computed from."""
         self._packed, first = True, self.blocks[0]
         with self.base.conveyor.use(0), fork_rng([self.device] if self.device.type == "cuda" else []):
             with watch(first) as names:
                 type(first).forward(first, hidden, *args, **kwargs)
         alike = [block if type(block) is type(first) else None for block in self.blocks]
         self.arriving = Arriving(self.base.conveyor, alike, names)
-        for i, block in enumerate(alike):
-            four_bits = [group for group in names if block is not None and _four_bits(block, group)]
-            if four_bits:
-                with self.base.conveyor.use(i, range(i + 1, len(self.blocks))):
-                    self.fast.packing.pack([block], four_bits)
         self._keep_out()
 
     def _keep_out(self) -> None:
         """What blocks save of their weights stays where it is."""
-        slots = [*self.base.conveyor.slots, self.base.conveyor.cast]
-        stay = [*self.model.parameters(), *self.fast.packing.tensors(), *slots]  # what arrives packed is in a slot
+        stay = [*self.model.parameters(), *self.base.conveyor.slots, self.base.conveyor.cast]
         self.fast.store.keep_out(tensor for tensor in stay if tensor.numel())
 
     def losses(self, rows: Sequence[Row]) -> Iterator[Tensor]:
@@ -349,10 +342,6 @@ class StreamedRows(RowModel):
             out = _hidden(self.calls[i](x, *args, **kwargs))
         hidden[r] = out.detach()
         return (get_gradient_edge(out), box) if i >= self.lowest else None
-
-
-def _four_bits(block: nn.Module, group: Sequence[str]) -> bool:
-    return bool(group) and quantised.method(block.get_submodule(group[0]).base_layer) in ("nf4", "fp4")
 
 
 def _hidden(out: Any) -> Tensor:
