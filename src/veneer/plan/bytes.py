@@ -312,16 +312,16 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
             work = work_bytes(block, mode, setting, each)
             known[key] = *kept_bytes(block, mode, tokens, setting.compile), work
         kept, sent, work = known[key]
-        travelling = sum(last[-constants.AHEAD + 1 :]) + (
-            constants.IN_FLIGHT * sent if cuda and not setting.compile else 0.0
-        )
+        behind = constants.AHEAD - 1 if mode in SENT else constants.AHEAD  # a block that sends nothing waits for none
+        travelling = sum(last[-behind:]) + (constants.IN_FLIGHT * sent if cuda and not setting.compile else 0.0)
         peaks.append((here + travelling, work, 0.0, "a block's backward pass"))
         here, away = here + kept * rows, away + sent * rows
         here += 0.0 if cuda else sent * rows  # the host's memory is the device's, and holds both copies
-        last.append(sent)
-        there_still.append(sent if setting.compile else min(sent, max(0.0, block.kept(tokens) - kept)))
+        if mode in SENT:
+            last.append(sent)
+            there_still.append(sent if setting.compile else min(sent, max(0.0, block.kept(tokens) - kept)))
     left = here + sum(there_still[-constants.AHEAD :])
-    left += there_still[-1] * (rows - 1) if setting.stream != "off" else 0.0
+    left += sum(there_still[-1:]) * (rows - 1) if setting.stream != "off" else 0.0
     chunk, positions = chunk_bytes(profile.vocabulary, tokens, each, cuda), tokens
     if setting.stream != "off" and (profile.head or profile.embedding) * each > constants.STREAM_HEAD_CHUNK:
         positions = max(tokens, min(setting.tokens, constants.STREAM_HEAD_ROWS))  # rows share a pass over the head
@@ -343,7 +343,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     }
     own = kept + work + head
     slack = constants.RESERVED_FIXED + constants.RESERVED * own
-    slack += constants.RESERVED_SENT * max(last)
+    slack += constants.RESERVED_SENT * max(last, default=0.0)
     if not cuda:
         slack = constants.HOST_SLACK * sum(value for key, value in parts.items() if key not in ("base", "adapter"))
     besides = context if context is not None else constants.CONTEXT if cuda else constants.HOST_BASELINE
