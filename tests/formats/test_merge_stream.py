@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -176,6 +176,7 @@ def test_experts_in_another_form_go_through_memory(tmp_path):
     dora=st.booleans(),
     seed=st.integers(0, 99),
 )
+@example(shape=(1, 1, 8), rank=2, by_column=True, dora=True, seed=83)  # W + L·R nearly cancels
 @settings(max_examples=60, deadline=None)
 def test_blocks_are_the_dense_sum(shape, rank, by_column, dora, seed):
     torch.manual_seed(seed)
@@ -195,7 +196,7 @@ def test_blocks_are_the_dense_sum(shape, rank, by_column, dora, seed):
     )
     torch.testing.assert_close(found.double(), dense.flatten(0, 1), rtol=1e-4, atol=1e-5)
     e, row = seed % experts, seed % rows
-    torch.testing.assert_close(reference_row(weight, change, e, row), dense[e, row], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(reference_row(weight, change, e, row), dense[e, row], rtol=1e-9, atol=1e-9)
 
 
 def test_dtype_is_converted_once(tmp_path):

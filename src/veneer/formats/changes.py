@@ -148,23 +148,34 @@ def changed_rows(
     return total
 
 
-def _sum(matrix: Tensor, change: Change, e: int, start: int, stop: int, memory: Tensor | None = None) -> Tensor:
-    """Rows of W + L·R (+ a bias's own part) in float32."""
+def _sum(
+    matrix: Tensor,
+    change: Change,
+    e: int,
+    start: int,
+    stop: int,
+    memory: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows of W + L·R (+ a bias's own part) in `dtype`, `memory`'s, or float32 (or wider)."""
     rows = matrix[start:stop]
     if memory is None:
-        memory = torch.empty(rows.numel(), dtype=sum_dtype(matrix))
+        memory = torch.empty(rows.numel(), dtype=dtype or sum_dtype(matrix))
     total = memory[: rows.numel()].view(rows.shape).copy_(rows)
     if change.left is not None:
         total.addmm_(change.left[e, start:stop].to(total.dtype), change.right[e].to(total.dtype))
     return total if change.added is None else total.add_(change.added)
 
 
-def column_norm(matrices: Tensor, change: Change, e: int) -> Tensor | None:
-    """‖W + L·R‖ of each column where a magnitude asks for it, which needs a pass over all rows before the first is done."""
+def column_norm(matrices: Tensor, change: Change, e: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    """‖W + L·R‖ of each column where a magnitude asks for it, which needs a pass over all rows before the first is done.
+
+    In `dtype`; absent: in float32 (or wider).
+    """
     if change.magnitude is None or not change.by_column:
         return None
     mine = [span for span in spans(matrices) if span[0] == e]
-    return sum(_sum(matrices[e], change, *span).square_().sum(0) for span in mine).sqrt()
+    return sum(_sum(matrices[e], change, *span, dtype=dtype).square_().sum(0) for span in mine).sqrt()
 
 
 def reference_row(weight: Tensor, change: Change, e: int, row: int) -> Tensor:
@@ -180,7 +191,7 @@ def reference_row(weight: Tensor, change: Change, e: int, row: int) -> Tensor:
     if change.magnitude is None:
         return total
     if change.by_column:
-        return total * (change.magnitude.double() / column_norm(matrices, change, e).double())
+        return total * (change.magnitude.double() / column_norm(matrices, change, e, torch.float64))
     return total * (change.magnitude[row].double() / total.norm())
 
 
