@@ -259,8 +259,8 @@ class OptimConfig(Section):
     (checkpointing: keep) is recompute then."""
     vram: ByteSize | None = None
     """Memory that the run may take on its device, such as 8GB or 7.5GiB (on a CPU: of the process). Settings that are
-    left out here (micro_batch_tokens, checkpointing, optimizer, stream, and quant) are chosen to fit it, and the run is held to
-    it; docs/memory.md. Absent: the device's free memory."""
+    left out here (micro_batch_tokens, checkpointing, keep_blocks, optimizer, stream, embedding, and quant) are chosen to fit
+    it, and the run is held to it; docs/memory.md. Absent: the device's free memory."""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""
     eval_examples: int | None = Field(None, ge=1)

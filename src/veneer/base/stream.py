@@ -70,7 +70,7 @@ class Conveyor:
         """
         for ready in self.ready:
             if isinstance(ready, Future):
-                ready.result()
+                ready.exception()  # once it is done; of no use any more if it failed
         if self.stream is not None:
             self.stream.synchronize()
         for block in self.blocks:

@@ -19,7 +19,7 @@ from veneer.base.held import Block, view_of
 from veneer.base.stream import Conveyor
 from veneer.kernels.group import packed_size, parts
 from veneer.kernels.unpack import unpack_rows
-from veneer.training.packing import PackedGroup, Packing, common_adapter
+from veneer.training.packing import PackedGroup, Packing, common_adapter, named
 
 
 @dataclass
@@ -42,30 +42,35 @@ class Group:
 
 
 class Arriving:
-    """Packs what it can of each block (None: leave it), whose linears of these names have one input; then `close` it.
+    """Packs what it can of a conveyor's blocks; `close` undoes it, also after `pack` failed in its midst.
 
     The factors are written beside the weights whenever a block arrives, so they are never out of date in a step. 4-bit
     linears are stood in for by float ones whose weights are in the matrix.
     """
 
-    def __init__(self, conveyor: Conveyor, blocks: Sequence[nn.Module | None], names: Sequence[Sequence[str]]) -> None:
+    def __init__(self, conveyor: Conveyor) -> None:
         self.conveyor = conveyor
+        self.arranged = False
         self.packings: dict[int, Packing] = {}
         self.unpacking: dict[int, list[tuple[Tensor, list[int]]]] = {}
         """By block the places of 4-bit weights, (O, I), and the leaves that they are made of."""
         self.replaced: list[tuple[Any, nn.Module]] = []
+
+    def pack(self, blocks: Sequence[nn.Module | None], names: Sequence[Sequence[str]]) -> None:
+        """Pack the linears of these names, which have one input, in each block (None: leave it)."""
+        conveyor = self.conveyor
         found = [_groups(held, block, names) for held, block in zip(conveyor.blocks, blocks, strict=True)]
         if not any(found):
             return
         spots, starts, sizes = zip(*[_spots(held, groups) for held, groups in zip(conveyor.blocks, found)])
+        self.arranged = True
         conveyor.arrange(spots, max(sizes), self._arrived)
         for i, groups in enumerate(found):
-            packing, self.unpacking[i] = Packing(), []
+            self.packings[i], self.unpacking[i] = Packing(), []
             places = [self._matrix(i, group, start) for group, start in zip(groups, starts[i])]
             with conveyor.use(i, range(i + 1, len(found))):
                 for group, matrix in zip(groups, places):
-                    packing.groups.append(PackedGroup(group.layers, group.active, matrix))
-            self.packings[i] = packing
+                    self.packings[i].groups.append(PackedGroup(group.layers, group.active, matrix))
 
     def _matrix(self, i: int, group: Group, start: int) -> Tensor:
         """A group's matrix in the buffer; its 4-bit linears are replaced by float ones there.
@@ -100,7 +105,9 @@ class Arriving:
             packing.unpack()
         for layer, base in self.replaced:
             layer.base_layer = base
-        if self.packings:
+        for found in (self.packings, self.unpacking, self.replaced):
+            found.clear()  # before the buffers are made anew: these are views of the old ones
+        if self.arranged:
             self.conveyor.arrange()
 
 
@@ -135,9 +142,8 @@ def _groups(held: Block, block: nn.Module | None, names: Sequence[Sequence[str]]
     """The groups of linears that can be packed."""
     where = {(id(place.owner), place.name): at for at, leaf in enumerate(held.leaves) for place in leaf.places}
     found = []
-    for group in names if block is not None else ():
-        layers = [block.get_submodule(name) for name in group]
-        active = common_adapter(layers) if layers else None
+    for layers in named(block, names) if block is not None else ():
+        active = common_adapter(layers)
         if active is None:
             continue
         leaves = [_leaves(where, layer.base_layer) for layer in layers]

@@ -141,6 +141,7 @@ class Gradients:
             f"warning: out of memory: from here on checkpointing {dial} and rows of {self.row_tokens:,} tokens; the step "
             f"is done again ({str(error).splitlines()[0][:100]})"
         )
+        release(self.device)  # a streamed base makes its buffers anew
         before = self.fast
         before.__exit__(None, None, None)
         self.optimizer.zero_grad()

@@ -101,8 +101,7 @@ class Packing:
     def pack(self, blocks: Sequence[nn.Module], names: Sequence[Sequence[str]]) -> None:
         """Pack the linears of these names in each block, where a group can be."""
         for block in blocks:
-            for group in names:
-                layers = [block.get_submodule(name) for name in group]
+            for layers in named(block, names):
                 active = common_adapter(layers)
                 if active is not None:
                     self.groups.append(PackedGroup(layers, active))
@@ -135,6 +134,12 @@ class Packing:
         for group in self.groups:
             group.unpack()
         self.groups.clear()
+
+
+def named(block: nn.Module, names: Sequence[Sequence[str]]) -> list[list[Any]]:
+    """The modules of these names, by group, without groups that are not in this block: another may have experts there."""
+    own = dict(block.named_modules())
+    return [[own[name] for name in group] for group in names if all(name in own for name in group)]
 
 
 def common_adapter(layers: Sequence[Any]) -> str | None:

@@ -247,7 +247,8 @@ class StreamedRows(RowModel):
             with watch(first) as names:
                 type(first).forward(first, hidden, *args, **kwargs)
         alike = [block if type(block) is type(first) else None for block in self.blocks]
-        self.arriving = Arriving(self.base.conveyor, alike, names)
+        self.arriving = Arriving(self.base.conveyor)
+        self.arriving.pack(alike, names)
         self._keep_out()
 
     def _keep_out(self) -> None:
