@@ -25,7 +25,9 @@ def examples(lengths, vocabulary=400):
 EXAMPLES = examples((20, 33, 7, 40))
 
 
-def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True, compile=False, steps=1):
+def step(
+    model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing=True, compile=False, steps=1, dynamic=True
+):
     """(losses by row, gradients by parameter) of one step, the last of several; streamed if the model is."""
     bank = veneer.attach(model, adapter, seed=0)
     streamed = hasattr(model, "veneer_stream")
@@ -37,7 +39,7 @@ def step(model, adapter, *, modes="recompute", tokens=40, data=EXAMPLES, packing
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.train()
     optimizer = FlatOptimizer(parameters, veneer.OptimConfig())
-    options = {"modes": modes, "compile": compile}
+    options = {"modes": modes, "compile": compile, "dynamic": dynamic}
     rows = StreamedRows(model, packing=packing, **options) if streamed else RowModel(model, packing=packing)
     fast = rows if streamed else Accelerated(model, **options)
     packed = rows.pack(data, tokens, True)
