@@ -19,6 +19,9 @@ from serve.test_grouped import (
 
 from conftest import CORPUS, tiny_llama
 from veneer.kernels import grouped, served
+from veneer.kernels.served_check import Shapes, deviation
+from veneer.serve import static
+from veneer.serve.trusted import overlap_holds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,6 +73,26 @@ def test_attention_of_prompts_is_its_definition(dtype, K, G, D, C, window):
 @DTYPES
 def test_updates_of_prompts_are_their_definition(dtype):
     check_prompt_update(1e-5 if dtype == torch.float32 else 1e-2, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(2, 4, 64), (1, 5, 80), (2, 7, 96), (2, 4, 128), (1, 3, 256)])
+def test_a_server_trusts_this_gpu_for_models_of_many_shapes(dtype, heads):
+    linears = ((2048, (512, 2048, 5632)), (5632, (2048,))) if heads[2] == 64 else ()
+    shapes = Shapes(linears, heads, windows=(None, 1, 64, 300))
+    assert deviation(torch.device("cuda"), dtype, shapes) <= (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@DTYPES
+def test_a_second_stream_changes_nothing_and_one_that_is_not_waited_for_is_found(dtype, monkeypatch):
+    device = torch.device("cuda", torch.cuda.current_device())
+    here = torch.cuda.current_stream()
+    assert overlap_holds(device, dtype)
+    expand = lambda self, hidden, stack, ys: served.expand(hidden, stack.B, self.tiles, self.weights, ys)  # noqa: E731
+    monkeypatch.setattr(static.Tiles, "expand", expand)
+    assert not overlap_holds(device, dtype) and torch.cuda.current_stream() == here
+    monkeypatch.undo()
+    assert overlap_holds(device, dtype)  # a capture that failed is not in the way of the next
 
 
 def test_grouped_lora_in_one_product():
