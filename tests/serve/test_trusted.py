@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from serve.served import write
+from serve.served import GraphEngine, ask, engine_of, read, write
 
 from conftest import tiny_llama
 from veneer.serve import Registry, static, trusted
@@ -56,3 +56,25 @@ def test_the_trial_of_a_second_stream_compares_two_ways(monkeypatch):
 def test_a_registry_without_a_gpu_is_served_plainly(tmp_path):
     write(tmp_path / "a", 1)
     assert trusted.runner_for(Registry(tiny_llama(), allowed=[tmp_path])) is Runner
+
+
+def test_what_cannot_be_captured_runs_without_and_the_rest_is_captured(tokenizer, tmp_path, monkeypatch):
+    engine, _ = engine_of(tokenizer, tmp_path, kind=GraphEngine)
+    wanted = read(ask(engine, "to be", 5))
+    runner = engine.runner
+    runner.steps.clear()
+    runner.captures = {*runner.buckets}
+    captured = []
+
+    def capture(step):
+        if isinstance(step.batch, static.StaticPieces):
+            raise KeyError  # whatever a compiler says
+        captured.append(step)
+
+    monkeypatch.setattr(runner, "_capture", capture)
+    with pytest.warns(UserWarning, match="reads prompts without CUDA graphs: KeyError"):
+        runner.prompts([(0, 0, [1, 2], ())], [True])
+    engine.slots.forget()
+    assert read(ask(engine, "to be", 5)) == wanted
+    assert captured and runner.captures == {static.StaticRows}
+    engine.shutdown(0)

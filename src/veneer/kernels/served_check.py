@@ -13,8 +13,8 @@ from veneer.kernels.served import ROWS, attend, attend_twin, expand, expand_twin
 from veneer.kernels.served_prompts import QUERIES, attend_pieces, attend_pieces_twin, most_tiles, piece_tiles
 
 RANK = 16
-CONTEXT = 208
-"""Not a multiple of any tile of keys."""
+CONTEXT = 1216
+"""Enough for parts of several tiles of keys, as long contexts have; the last part is a short one."""
 PIECES = [(2, 0, 70), (0, 5, 1), (3, 61, 67), (1, 129, 33)]
 """(slot, position of the first token, tokens) in the trial of prompts' attention."""
 

@@ -22,6 +22,8 @@ WRITING = (1, 8, 16, 32, 64, 128, 256)
 READING = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens of prompts in a pass's graph: no two neighbours are further apart than half, for padding costs as much."""
 
+WHAT = {StaticRows: "writes answers", StaticPieces: "reads prompts"}
+
 
 @dataclass
 class Step:
@@ -41,7 +43,9 @@ class GraphRunner(Runner):
         self.buckets = {StaticRows: sorted({*(b for b in WRITING if b < slots), slots}), StaticPieces: READING}
         self.steps: dict[tuple[type, int, int], Step] = {}
         """By kind, bucket and room."""
-        self.version, self.captures = 0, registry.device.type == "cuda"
+        self.version = 0
+        self.captures = {*self.buckets} if registry.device.type == "cuda" else set()
+        """The kinds of batch whose passes are captured."""
         self._memory = self._last = self._logits = None
         self._streams: tuple[Any, ...] = ()
         super().__init__(model, registry, slots, context)
@@ -107,13 +111,13 @@ class GraphRunner(Runner):
     def _make(self, kind: type, bucket: int, room: int) -> Step:
         most = (self.slots,) if kind is StaticPieces else ()
         step = Step(kind(self.cache, bucket, room, *most, self.device))
-        if self.captures:
+        if kind in self.captures:
             try:
                 self._capture(step)
             except Exception as error:  # noqa: BLE001 a model that cannot be captured, or a kernel too large for this GPU
-                self.captures, step.graph = False, None
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                warnings.warn(f"serving runs without CUDA graphs: {reason}", stacklevel=2)
+                self.captures.discard(kind)
+                what, reason = WHAT[kind], str(error).partition("\n")[0] or type(error).__name__
+                warnings.warn(f"serving {what} without CUDA graphs: {reason}", stacklevel=2)
         return step
 
     def _capture(self, step: Step) -> None:
