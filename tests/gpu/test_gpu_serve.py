@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from serve.served import Alone, ask, engine_of, read, write
+from serve.served import Alone, ask, check_growth, engine_of, read, write
 from serve.test_grouped import (
     check_neighbours,
     check_pieces,
@@ -20,7 +20,7 @@ from serve.test_grouped import (
 from conftest import CORPUS, tiny_llama
 from veneer.kernels import grouped, served
 from veneer.kernels.served_check import Shapes, deviation
-from veneer.serve import static
+from veneer.serve import Engine, static
 from veneer.serve.trusted import overlap_holds
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -120,6 +120,10 @@ def test_captured_steps_answer_as_each_adapter_alone(tokenizer, tmp_path):
         room and step.graph for (*_, room), step in engine.runner.steps.items()
     )
     engine.shutdown(5)
+
+
+def test_captured_passes_follow_a_pool_that_grows_and_goes(tokenizer, tmp_path):
+    check_growth(tokenizer, tmp_path, lambda: tiny_llama().cuda(), Engine)
 
 
 def test_rows_without_an_adapter_are_bit_equal_to_the_base(tokenizer, tmp_path):

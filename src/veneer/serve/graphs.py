@@ -99,6 +99,8 @@ class GraphRunner(Runner):
     def _step(self, kind: type, bucket: int, room: int) -> Step:
         if self.version != self.pool.version:  # the pool moved: what was captured reads its old addresses
             self.version = self.pool.version
+            if self.captures:
+                torch.cuda.synchronize(self.device)  # a pass in flight is over before its graph goes
             self.steps = {key: step for key, step in self.steps.items() if key[2] == 0}
             self._last = None
             if not self.steps:

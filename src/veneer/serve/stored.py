@@ -41,6 +41,8 @@ def stamp_of(status: os.stat_result) -> Stamp:
 
 def stamps_of(path: Path) -> tuple[Stamp, Stamp] | None:
     """Of an adapter's configuration and of its tensors, before they are read; None where later ones could be the same."""
+    if os.name != "posix":
+        return None  # elsewhere the time of change is that of creation
     try:
         stamps = stamp_of(os.stat(path / CONFIG)), stamp_of(os.stat(path / TENSORS))
     except OSError:
