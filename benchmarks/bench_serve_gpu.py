@@ -299,7 +299,7 @@ def main() -> None:
         note({"case": "summary"} | summary(record["cases"]))
         if o.device.startswith("cuda"):
             note({"case": "memory", "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-                  "graphs": getattr(bench.engine.runner, "captures", None)})  # fmt: skip
+                  "graphs": sorted(kind.__name__ for kind in getattr(bench.engine.runner, "captures", ()))})  # fmt: skip
         bench.engine.shutdown(1)
 
 

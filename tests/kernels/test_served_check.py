@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from veneer.kernels import served_check
-from veneer.kernels.served_check import deviation, sound
+from veneer.kernels.served_check import Shapes, deviation, sound
 
 CPU = torch.device("cpu")
 
@@ -19,3 +19,25 @@ def test_wrong_and_failing_kernels_are_not(fault, monkeypatch):
     right = served_check.shrink
     monkeypatch.setattr(served_check, "shrink", lambda x, A, tiles: fault(right(x, A, tiles)))
     assert not sound(CPU, torch.float32) and deviation(CPU, torch.float32) != 0
+
+
+def only_large_tiles(right):
+    """Wrong in the last rows of tiles of 32."""
+    return lambda x, A, tiles: right(x, A, torch.where(torch.arange(tiles.shape[2]) > 30, -1, tiles))
+
+
+def only_windows(right):
+    return lambda *inputs: right(*inputs[:-1], None)
+
+
+@pytest.mark.parametrize(
+    "kernel, fault", [("shrink", only_large_tiles), ("attend", only_windows), ("attend_pieces", only_windows)]
+)
+def test_each_kernel_is_tried_in_all_its_uses(kernel, fault, monkeypatch):
+    monkeypatch.setattr(served_check, kernel, fault(getattr(served_check, kernel)))
+    assert not sound(CPU, torch.float32)
+
+
+def test_a_model_of_other_shapes_and_another_dtype_of_its_cache():
+    shapes = Shapes(linears=((64, (96, 16, 7)), (33, (5,))), heads=(1, 5, 80), windows=(None, 1, 300))
+    assert sound(CPU, torch.float32, shapes, torch.bfloat16) and sound(CPU, torch.bfloat16, shapes, torch.float16)

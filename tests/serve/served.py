@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 import veneer
@@ -69,3 +71,38 @@ def read(ticket):
     """(text, tokens counted, finish reason) of a whole answer."""
     pieces = list(ticket)
     return "".join(p.text for p in pieces), pieces[-1].usage.completion, pieces[-1].finish_reason
+
+
+def check_growth(tokenizer, folder, model_of, kind):
+    """Adapters that need more rank or targets than the pool has, one under an old name, and all gone: no old answer."""
+    for name, seed, rank, targets in (("a", 1, 3, "qv"), ("b", 2, 12, "all"), ("c", 3, 5, "mlp"), ("d", 4, 30, "mlp")):
+        write(folder / name, seed, rank=rank, targets=targets)
+    alone = Alone(tokenizer, {name: folder / name for name in "abcd"}, model_of())
+    engine, registry = engine_of(tokenizer, folder, model_of(), kind, "a", slots=4, registry={"device_slots": 2})
+    text, versions = "what grows while others are answered", set()
+
+    def answers(*named):
+        """Ask for (name, what it should be) at once, and the base."""
+        asked = [(stack, ask(engine, text, 12, stack and [(name, 1.0)])) for name, stack in ((None, []), *named)]
+        for stack, ticket in asked:
+            assert read(ticket) == alone(stack, text, 12)
+        versions.add(engine.runner.pool.version)
+
+    a, b, c, d = ([(name, 1.0)] for name in "abcd")
+    answers(("a", a))
+    long = ask(engine, text, 60, a)
+    registry.load("b", "b")
+    answers(("a", a), ("b", b))
+    registry.load("a", "c", replace=True)
+    answers(("a", c), ("b", b))
+    assert read(long) == alone(a, text, 60)
+    registry.load("d", "d")
+    answers(("d", d), ("b", b), ("a", c))
+    for name in "abd":
+        registry.unload(name)
+    while engine.runner.pool.stacks:
+        time.sleep(0.01)
+    registry.load("a", "d")
+    answers(("a", d))
+    assert len(versions) >= 4
+    engine.shutdown(0)

@@ -226,6 +226,7 @@ INTERPRETED = """
 import torch
 from test_grouped import check_neighbours, check_pieces, check_prompt_update, check_update, served_inputs
 from veneer.kernels import served, served_prompts
+from veneer.kernels.served_check import Shapes, deviation
 
 assert served._runs(torch.empty(1))
 for sizes in ({}, {"rank": 64, "d_outs": (70,), "uses": 1}, {"rank": 32, "d_outs": (48, 80, 33, 70), "d_in": 1000}):
@@ -240,6 +241,9 @@ for window in (None, 9):
     check_pieces(1e-5, window=window)
 check_pieces(2e-3, torch.float16, D=64)
 check_prompt_update(1e-5)
+for heads, window, dtype in (((1, 5, 80), 1, "float32"), ((1, 3, 96), 70, "float16"), ((1, 1, 256), 300, "float32")):
+    tried = Shapes(linears=((130, (48,)),) if window == 1 else (), heads=heads, windows=(window,))
+    assert deviation(torch.device("cpu"), getattr(torch, dtype), tried) <= (1e-5 if dtype == "float32" else 5e-3)
 """
 
 

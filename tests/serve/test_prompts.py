@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from serve.served import Alone, GraphEngine, ask, engine_of, read, write
+from serve.served import Alone, GraphEngine, ask, check_growth, engine_of, read, write
 
-from conftest import CORPUS
+from conftest import CORPUS, tiny_llama
 from veneer.serve import Engine
 from veneer.serve.slots import shares
 
@@ -99,3 +99,8 @@ def test_a_prompt_that_is_cancelled_half_read_leaves_no_trace(started, folder, t
     for stack, ticket in others:
         assert read(ticket) == alone(stack, text, 9)
     assert started.slots.free == 6
+
+
+@KINDS
+def test_a_pool_that_grows_and_goes_serves_what_is_asked_for(tokenizer, tmp_path, kind):
+    check_growth(tokenizer, tmp_path, tiny_llama, kind)

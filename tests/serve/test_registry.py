@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import time
 
@@ -226,6 +227,121 @@ def test_a_change_during_reading_is_seen(again, inside, monkeypatch, replaced):
     monkeypatch.setattr(stored, "_read_into", read_and_change)
     with pytest.raises(AdapterRefused, match="load it again"):
         again()
+
+
+def test_files_that_were_new_when_their_hashing_began_are_not_trusted(registry, inside, monkeypatch):
+    """A clock of two seconds would not tell of a change after the bytes were read, however long hashing them took."""
+    now, whole = [os.stat(inside / "a" / "adapter_model.safetensors").st_ctime + 1], content._hash
+    monkeypatch.setattr(stored, "time", lambda: now[0])
+    monkeypatch.setattr(content, "_hash", lambda adapter: now.append(now.pop() + 60) or whole(adapter))
+    registry.load("a", "a")
+    assert registry._names["a"].stored is None
+    registry.load("a", "a", replace=True)
+    assert registry._names["a"].stored is not None
+
+
+def overwrite(file):
+    """Other last bytes in the same file."""
+    with open(file, "r+b") as handle:
+        handle.seek(-4, os.SEEK_END)
+        handle.write(b"\0\0\0\1")
+
+
+def cut(file):
+    os.truncate(file, 10)
+
+
+@pytest.mark.parametrize("change", [overwrite, cut, os.unlink])
+def test_what_is_hashed_is_what_is_served_whatever_happens_to_the_file(registry, inside, monkeypatch, change):
+    registry.load("before", "a")
+    monkeypatch.setattr(stored, "STILL", 0.0)
+    file, whole = inside / "a" / "adapter_model.safetensors", content._hash
+    before, read = registry._names.pop("before"), []
+
+    def change_and_hash(adapter):
+        read or change(file)
+        read.append(adapter)
+        return whole(adapter)
+
+    monkeypatch.setattr(content, "_hash", change_and_hash)
+    time.sleep(0.02)  # more than a tick of the file system's clock
+    mine = registry._read(inside / "a")
+    assert mine.hash == before.hash and torch.equal(mine.host, before.host) and mine.stored is None
+    with pytest.raises((AdapterRefused, AdapterFormatError)):
+        registry._refill(mine)
+
+
+def test_a_link_that_led_elsewhere_while_it_was_hashed_is_seen(registry, inside, monkeypatch):
+    monkeypatch.setattr(stored, "STILL", 0.0)
+    write(inside / "b", 2)
+    link = inside / "a" / "adapter_model.safetensors"
+    files = inside / "a1", inside / "b" / "adapter_model.safetensors"
+    link.rename(files[0])
+    link.symlink_to(files[0])
+    whole = content.read_adapter
+
+    def read(*arguments, **options):
+        for target in reversed(files):
+            adapter = whole(*arguments, **options) if target is files[0] else None
+            link.unlink()
+            link.symlink_to(target)
+        return adapter
+
+    monkeypatch.setattr(content, "read_adapter", read)
+    mine = registry._read(inside / "a")  # the bytes of b, by a name that is a's again
+    monkeypatch.setattr(content, "read_adapter", whole)
+    assert mine.hash == registry._read(inside / "b").hash and mine.stored is None
+    with pytest.raises(AdapterRefused, match="load it again"):
+        registry._refill(mine)
+
+
+def put_over(inside):
+    """Another adapter's tensors renamed to this one's, of one size, with its time of writing."""
+    write(inside / "b", 2)
+    file, other = (inside / name / "adapter_model.safetensors" for name in "ab")
+    times = file.stat()
+    assert other.stat().st_size == times.st_size
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace(other, file)
+
+
+def link_to_another(inside):
+    write(inside / "b", 2)
+    file = inside / "a" / "adapter_model.safetensors"
+    file.unlink()
+    file.symlink_to(inside / "b" / "adapter_model.safetensors")
+
+
+def write_mapped(inside):
+    """Other bytes through a shared mapping."""
+    with open(inside / "a" / "adapter_model.safetensors", "r+b") as file, mmap.mmap(file.fileno(), 0) as bytes_:
+        before = os.fstat(file.fileno()).st_ctime_ns
+        bytes_[-4:] = b"\0\0\0\1"
+        bytes_.flush()
+        if os.fstat(file.fileno()).st_ctime_ns == before:
+            pytest.skip("this file system does not tell of writes through mappings")
+
+
+def remove(inside):
+    os.unlink(inside / "a" / "adapter_model.safetensors")
+
+
+def remove_config(inside):
+    os.unlink(inside / "a" / "adapter_config.json")
+
+
+@pytest.mark.parametrize("change", [put_over, link_to_another, write_mapped, remove, remove_config])
+def test_other_files_of_the_same_size_or_none_are_refused(again, inside, change):
+    with pytest.raises((AdapterRefused, AdapterFormatError)):
+        again(lambda: change(inside))
+
+
+def test_files_that_were_away_and_came_back_are_hashed_and_served(again, inside):
+    def change():
+        file = inside / "a" / "adapter_model.safetensors"
+        file.write_bytes((file.rename(inside / "away")).read_bytes())
+
+    assert again(change)
 
 
 def test_a_file_that_became_shorter_is_refused(again, inside):

@@ -136,14 +136,20 @@ def _build(
     return engine, app
 
 
+KEEP_ALIVE = 75
+"""Seconds after which a connection without requests is closed. Clients keep theirs for 5 (httpx, so the openai client) to
+60: who closes first must be the client, or its next request meets a closing connection and is lost."""
+
+
 def _run(app: Any, engine: Any, bound: socket.socket, drain: int) -> None:
     """Serve until a signal; then finish what runs for up to `drain` seconds. A second signal stops at once."""
     import uvicorn
 
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that leaves in mid-answer
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=drain
-    )
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=drain,
+        timeout_keep_alive=KEEP_ALIVE,
+    )  # fmt: skip
     engine.start()
     try:
         uvicorn.Server(config).run(sockets=[bound])

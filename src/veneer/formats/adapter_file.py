@@ -82,13 +82,16 @@ class AdapterFile:
     """All that is no factor: magnitudes, biases, token rows, whole modules."""
 
 
-def read_adapter(path: str | Path) -> AdapterFile:
-    """Read an adapter directory, PEFT's or Veneer's. Raises `AdapterFormatError` (damaged, not a LoRA, odd shapes)."""
+def read_adapter(path: str | Path, mapped: bool = True) -> AdapterFile:
+    """Read an adapter directory, PEFT's or Veneer's. Raises `AdapterFormatError` (damaged, not a LoRA, odd shapes).
+
+    `mapped` as in `formats.peft.read_tensors`.
+    """
     path = Path(path)
     fields = read_config(path)
     found: dict[str, dict[str, Tensor]] = {}
     embeddings, rest = set(), {}
-    for key, value in read_tensors(path).items():
+    for key, value in read_tensors(path, mapped).items():
         match = FACTOR.fullmatch(key)
         if match is None:
             rest[PREFIX + key] = value

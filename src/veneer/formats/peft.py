@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from veneer.adapter.attach import BANK, Plan, get_bank, install
@@ -181,16 +181,24 @@ def read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of an adapter, without PEFT's prefix; `AdapterFormatError` if the file is missing or damaged."""
+def read_tensors(path: Path, mapped: bool = True) -> dict[str, Tensor]:
+    """All tensors of an adapter, without PEFT's prefix; `AdapterFormatError` if the file is missing or damaged.
+
+    `mapped` ones are the file's own bytes, read when they are looked at: they change with the file, and a file that is
+    cut short ends the process. Others are a copy.
+    """
     file = path / TENSORS
     if not file.exists():
         pickled = " (adapter_model.bin is a pickle, which Veneer does not open: save it as safetensors with PEFT)"
         raise AdapterFormatError(f"{file} is missing{pickled if (path / 'adapter_model.bin').exists() else ''}")
     try:
-        with safe_open(file, "pt") as data:
-            return {as_lora_key(key.removeprefix(PREFIX)): data.get_tensor(key) for key in data.keys()}
-    except (SafetensorError, OSError) as error:
+        if mapped:
+            with safe_open(file, "pt") as data:
+                tensors = {key: data.get_tensor(key) for key in data.keys()}
+        else:
+            tensors = dict(sorted(load(file.read_bytes()).items()))  # which come in any order
+        return {as_lora_key(key.removeprefix(PREFIX)): value for key, value in tensors.items()}
+    except (SafetensorError, OSError, KeyError) as error:
         raise AdapterFormatError(f"{file} is damaged or cut short: {error}") from None
 
 

@@ -251,9 +251,10 @@ def attend(
     part = torch.empty(rows, K, parts, G, D, dtype=torch.float32, device=q.device)
     weight = torch.empty(rows, K, parts, G, dtype=torch.float32, device=q.device)
     out, BD = torch.empty_like(q), max(16, _power(D))
+    BN = min(64, max(16, 16384 // (BD * q.element_size())))  # of float32 and wide heads, 64 keys at a time do not fit
     _attend[(rows, K, parts)](
         q, keys, values, slots, positions, part, weight, scale, C if window is None else window,
-        rows, C, K, G, D, each, parts, 64, max(16, _power(G)), BD,
+        rows, C, K, G, D, each, parts, BN, max(16, _power(G)), BD,
     )  # fmt: skip
     _gather[(rows * K, G)](part, weight, out, G, D, parts, max(2, _power(parts)), BD)
     return out

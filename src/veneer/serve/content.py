@@ -115,19 +115,21 @@ def read_content(
     Raises `AdapterFormatError` (damaged, does not fit) and `AdapterRefused` (more than lora_A and lora_B on linears, or
     a rank above `max_rank`).
     """
-    stamps = stamps_of(path) if (path / CONFIG).exists() and (path / TENSORS).exists() else None
-    adapter = read_adapter(path)
+    stamps = stamps_of(path)
+    adapter = read_adapter(path, mapped=False)  # what is hashed must be what is packed, whatever happens to the files
     _check_plain(adapter)
     for name, f in adapter.layers.items():
         _check_fits(name, f, targets, max_rank)
-    shapes = {name: (f.lora_A.shape[1], f.rank, f.lora_B.shape[0]) for name, f in adapter.layers.items()}
-    scalings = {name: f.scaling for name, f in adapter.layers.items()}
+    layers = dict(sorted(adapter.layers.items()))  # one order for all files of a content
+    shapes = {name: (f.lora_A.shape[1], f.rank, f.lora_B.shape[0]) for name, f in layers.items()}
+    scalings = {name: f.scaling for name, f in layers.items()}
     content = Content(_hash(adapter), path, shapes, scalings, dtype.itemsize, not pin)
-    parts = [factor.flatten() for f in adapter.layers.values() for factor in (f.lora_A, f.lora_B)]
-    host = content.pack(torch.cat(parts), dtype)
-    if not host.isfinite().all():
+    parts = [factor.flatten() for f in layers.values() for factor in (f.lora_A, f.lora_B)]
+    flat = torch.cat(parts)
+    content.stored = Stored.find(path, stamps, list(shapes), flat) if stamps else None
+    content.host = content.pack(flat, dtype)
+    if not content.host.isfinite().all():
         raise AdapterFormatError(f"the adapter has values that {dtype} cannot hold: serve the base in another dtype")
-    content.host, content.stored = host, Stored.find(path, stamps, list(shapes)) if stamps else None
     return content
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any
@@ -16,7 +14,6 @@ from torch import Tensor
 
 from veneer.base.generate import end_tokens
 from veneer.errors import VeneerError
-from veneer.kernels.served_check import sound
 from veneer.serve.errors import Overloaded, PromptTooLong, ServeError
 from veneer.serve.metrics import Metrics
 from veneer.serve.registry import Registry
@@ -25,6 +22,7 @@ from veneer.serve.runner import Runner
 from veneer.serve.slots import Running, Slots, shares
 from veneer.serve.step import Step, choose_tokens
 from veneer.serve.text import StopFilter, TextStream
+from veneer.serve.trusted import on, runner_for
 
 __all__ = ["Engine", "Piece", "Request", "Sampling", "Ticket"]
 
@@ -58,7 +56,8 @@ class Engine:
         self.context, self.limit = min(context, room), slots + queue
         self.ends = frozenset(end_tokens(model, tokenizer))
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.runner = self._runner(registry)(model, registry, slots, self.context)
+        with on(registry.device):
+            self.runner = self._runner(registry)(model, registry, slots, self.context)
         self.slots, self.metrics = Slots(slots), Metrics()
         self.chunk, self.least = (sizes.get(registry.device.type, 256) for sizes in (CHUNK, LEAST))
         self._waiting: list[Running] = []
@@ -169,22 +168,15 @@ class Engine:
 
     @staticmethod
     def _runner(registry: Registry) -> type[Runner]:
-        """Captured graphs where there is a GPU whose triton kernels compute what they should, plain torch elsewhere."""
-        if registry.device.type != "cuda" or find_spec("triton") is None:
-            return Runner
-        from veneer.serve.graphs import GraphRunner
-
-        if sound(registry.device, registry.dtype):
-            return GraphRunner
-        warnings.warn("the kernels for mixed adapters are wrong on this GPU: plain torch serves, slower", stacklevel=2)
-        return Runner
+        return runner_for(registry)
 
     # The thread that owns the model
 
     def _work(self) -> None:
         try:
-            self.runner.prepare()
-            self._serve()
+            with on(self.registry.device):
+                self.runner.prepare()
+                self._serve()
         except Exception as error:  # a fault of the engine itself: nobody may wait for an answer for ever
             with self._arrived:
                 self._stop_at = monotonic()

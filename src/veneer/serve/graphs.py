@@ -13,7 +13,7 @@ from torch import Tensor
 from veneer.serve.registry import Registry
 from veneer.serve.routing import Uses
 from veneer.serve.runner import Piece, Runner
-from veneer.serve.static import StaticPieces, StaticRows
+from veneer.serve.static import StaticPieces, StaticRows, beside
 
 STACKED = (0, 1, 2, 4, 8)
 """How many adapters of a row a graph has room for."""
@@ -21,6 +21,8 @@ WRITING = (1, 8, 16, 32, 64, 128, 256)
 """Rows of a decoding step's graph; the engine's number of slots besides."""
 READING = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens of prompts in a pass's graph: no two neighbours are further apart than half, for padding costs as much."""
+
+WHAT = {StaticRows: "writes answers", StaticPieces: "reads prompts"}
 
 
 @dataclass
@@ -41,8 +43,11 @@ class GraphRunner(Runner):
         self.buckets = {StaticRows: sorted({*(b for b in WRITING if b < slots), slots}), StaticPieces: READING}
         self.steps: dict[tuple[type, int, int], Step] = {}
         """By kind, bucket and room."""
-        self.version, self.captures = 0, registry.device.type == "cuda"
+        self.version = 0
+        self.captures = {*self.buckets} if registry.device.type == "cuda" else set()
+        """The kinds of batch whose passes are captured."""
         self._memory = self._last = self._logits = None
+        self._streams: tuple[Any, ...] = ()
         super().__init__(model, registry, slots, context)
 
     def _slots(self, slots: int) -> int:
@@ -94,7 +99,10 @@ class GraphRunner(Runner):
     def _step(self, kind: type, bucket: int, room: int) -> Step:
         if self.version != self.pool.version:  # the pool moved: what was captured reads its old addresses
             self.version = self.pool.version
+            if self.captures:
+                torch.cuda.synchronize(self.device)  # a pass in flight is over before its graph goes
             self.steps = {key: step for key, step in self.steps.items() if key[2] == 0}
+            self._last = None
             if not self.steps:
                 self._memory = None  # memory of graphs that are all gone cannot be captured into again
         if (kind, bucket, room) not in self.steps:
@@ -105,27 +113,32 @@ class GraphRunner(Runner):
     def _make(self, kind: type, bucket: int, room: int) -> Step:
         most = (self.slots,) if kind is StaticPieces else ()
         step = Step(kind(self.cache, bucket, room, *most, self.device))
-        if self.captures:
+        if kind in self.captures:
             try:
                 self._capture(step)
-            except RuntimeError as error:
-                self.captures, step.graph = False, None
-                warnings.warn(f"serving runs without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=2)
+            except Exception as error:  # noqa: BLE001 a model that cannot be captured, or a kernel too large for this GPU
+                self.captures.discard(kind)
+                what, reason = WHAT[kind], str(error).partition("\n")[0] or type(error).__name__
+                warnings.warn(f"serving {what} without CUDA graphs: {reason}", stacklevel=2)
         return step
 
     def _capture(self, step: Step) -> None:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(2):  # kernels are compiled and workspaces made outside the capture
+        """With the same two streams for all graphs: cuBLAS keeps a workspace for each stream that it was ever used on."""
+        here = torch.cuda.current_stream(self.device)
+        beside(self.device)  # made first, so that it is none of the two: streams come round again after 32
+        self._streams = self._streams or (torch.cuda.Stream(self.device), torch.cuda.Stream(self.device))
+        side, capturing = self._streams
+        with torch.cuda.stream(here):  # which a capture that fails would leave another
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                for _ in range(2):  # kernels are compiled outside the capture
+                    self._pass(step.batch)
+            here.wait_stream(side)
+            self._memory = self._memory or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            options = {"pool": self._memory, "stream": capturing}
+            with torch.cuda.graph(graph, **options, capture_error_mode="thread_local"):  # other threads read adapters
                 self._pass(step.batch)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        self._memory = self._memory or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._memory, capture_error_mode="thread_local"
-        ):  # other threads read adapters
-            self._pass(step.batch)
         step.graph = graph
 
     def _pass(self, batch: StaticRows | StaticPieces) -> None:
@@ -134,5 +147,5 @@ class GraphRunner(Runner):
         batch.locate()
         logits = self._forward(batch.ids, batch, batch.keep)
         if self._logits is None:
-            self._logits = torch.empty(self.slots, logits.shape[1], device=self.device)
+            self._logits = logits.new_empty(self.slots, logits.shape[1])
         self._logits[: len(logits)].copy_(logits)

@@ -21,6 +21,13 @@ Piece = tuple[int, int, list[int], Uses]
 """(slot, position of the first token, tokens, adapters)."""
 
 
+def head_sizes(config: Any) -> tuple[int, int, int]:
+    """(heads, key heads, width of a head) of a text config."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, width
+
+
 class Runner:
     """Owns the model while it is served; `close` puts everything back as it was."""
 
@@ -36,8 +43,7 @@ class Runner:
         config = model.config.get_text_config()
         if not getattr(model, "_supports_attention_backend", False):
             raise ServeError(f"{type(model).__name__} does not take a custom attention, which serving needs")
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        _, heads, width = head_sizes(config)
         dtype = model.get_input_embeddings().weight.dtype
         self.cache = SlotCache(config.num_hidden_layers, self._slots(slots), context, heads, width, dtype, self.device)
         self.slots, self.routing = slots, Routing()
@@ -138,9 +144,10 @@ class Runner:
             self.prompts([(0, 0, ids[:middle], ())], [False])
             got = [self.prompts([(0, middle, ids[middle:-1], ())], [True]).clone()]
             got.append(self.tokens([(0, len(ids) - 1, ids[-1], ())]))
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a model's, a kernel's or a compiler's
             self.close()
-            raise ServeError(f"{type(self.model).__name__} cannot be served: {str(error).splitlines()[0]}") from error
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ServeError(f"{type(self.model).__name__} cannot be served: {reason}") from error
         error = (torch.cat(got) - expected[-2:]).abs().max()
         tolerance = (1e-3 if self.cache.store.dtype == torch.float32 else 5e-2) * expected[-2:].abs().max().clamp(min=1)
         if not error <= tolerance:

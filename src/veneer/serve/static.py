@@ -64,7 +64,7 @@ class Static:
         """`numbers` are the sizes of the tables that follow the three of `rows` numbers."""
         self.cache, self.spare = cache, cache.store.shape[2] - 1
         self.numbers = torch.zeros(3 * rows + sum(numbers), dtype=torch.int64, device=device)
-        self.weights = torch.zeros(weights, device=device)
+        self.weights = torch.zeros(weights, dtype=torch.float32, device=device)
         self.ids, self.positions, self.slots, *self.tables = self.numbers.split([rows, rows, rows, *numbers])
         self.slots.fill_(self.spare)
         self.where = torch.zeros_like(self.slots)

@@ -2,10 +2,12 @@
 
 What is served is what its name promises, for the bytes come from the very files whose whole content was hashed: the
 same device, inode, size, time of writing and time of change of both `adapter_config.json` and the tensors, looked at
-before and (through the open file) after reading. No program can set a file's time of change. Files that had changed
-less than `STILL` seconds before they were hashed are not trusted, since a second change in the same tick of the file
-system's clock could not be seen: they are hashed again, as are files that differ in any of this. Not noticed is what a
-file system does behind these times: a clock that is set back, or bytes that rot on the medium.
+before and (through the open file) after reading, and once, when they are loaded, their bytes are compared with those
+that were hashed. No program can set a file's time of change. Files that had changed less than `STILL` seconds before
+they began to be read for hashing are not trusted, since a second change in the same tick of the file system's clock
+could not be seen: they are hashed again, as are files that differ in any of this. Not noticed is what happens behind
+these times: a clock that is set back or, on a file server, behind by more than `STILL`; bytes that rot on the medium;
+and writes through a shared memory mapping, for which a system may set them late (or, in tmpfs, never).
 """
 
 from __future__ import annotations
@@ -37,9 +39,16 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def stamps_of(path: Path) -> tuple[Stamp, Stamp]:
-    """Of an adapter's configuration and of its tensors."""
-    return stamp_of(os.stat(path / CONFIG)), stamp_of(os.stat(path / TENSORS))
+def stamps_of(path: Path) -> tuple[Stamp, Stamp] | None:
+    """Of an adapter's configuration and of its tensors, before they are read; None where later ones could be the same."""
+    if os.name != "posix":
+        return None  # elsewhere the time of change is that of creation
+    try:
+        stamps = stamp_of(os.stat(path / CONFIG)), stamp_of(os.stat(path / TENSORS))
+    except OSError:
+        return None
+    changed = max(time_ns for *_, mtime, ctime in stamps for time_ns in (mtime, ctime))
+    return stamps if time() - changed / 1e9 >= STILL else None
 
 
 @dataclass(frozen=True)
@@ -52,24 +61,25 @@ class Stored:
     sizes: tuple[int, ...]
 
     @classmethod
-    def find(cls, path: Path, stamps: tuple[Stamp, Stamp], targets: Sequence[str]) -> Stored | None:
-        """For files that have just been read and hashed; None where they cannot be told from later ones, or are odd.
+    def find(cls, path: Path, stamps: tuple[Stamp, Stamp], targets: Sequence[str], flat: Tensor) -> Stored | None:
+        """Where the factors `flat` of `targets`, A after B, lie in files with the `stamps`; None where they do not.
 
-        `stamps` are from before that.
+        `flat` is what was hashed. The stamps alone would not do: between two looks, a link may have led elsewhere.
         """
-        changed = max(time_ns for *_, mtime, ctime in stamps for time_ns in (mtime, ctime))
-        if stamps_of(path) != stamps or time() - changed / 1e9 < STILL:
+        try:
+            with open(path / TENSORS, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            found = [_entry(header, f"{target}.lora_{leaf}.weight") for target in targets for leaf in "AB"]
+            if not all(entry and DTYPES.get(entry["dtype"]) == flat.dtype for entry in found):
+                return None
+            spans = [entry["data_offsets"] for entry in found]
+            offsets, sizes = tuple(8 + length + start for start, _ in spans), tuple(end - start for start, end in spans)
+            stored, again = cls(stamps, flat.dtype, offsets, sizes), torch.empty_like(flat)
+            same = sum(sizes) == flat.nbytes and stored.read(path, again)
+        except (OSError, ValueError, KeyError):  # they are gone, or others
             return None
-        with open(path / TENSORS, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        found = [_entry(header, f"{target}.lora_{leaf}.weight") for target in targets for leaf in "AB"]
-        kinds = {entry["dtype"] if entry else None for entry in found}
-        if len(kinds) != 1 or not kinds <= DTYPES.keys():
-            return None
-        spans = [entry["data_offsets"] for entry in found]
-        offsets, sizes = tuple(8 + length + start for start, _ in spans), tuple(end - start for start, end in spans)
-        return cls(stamps, DTYPES[kinds.pop()], offsets, sizes)
+        return stored if same and torch.equal(again.view(torch.uint8), flat.view(torch.uint8)) else None
 
     def read(self, path: Path, flat: Tensor) -> bool:
         """Fill `flat`, in this dtype, with the factors as they are stored; False if the files are not the same."""
