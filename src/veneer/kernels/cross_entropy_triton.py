@@ -57,7 +57,7 @@ def loss_and_slope(z: Tensor, targets: Tensor, softcap: float | None, logit_scal
         block = min(BLOCK, triton.next_power_of_2(z.shape[1]))
         with torch.cuda.device_of(z):
             _loss_and_slope[(z.shape[0],)](
-                z, targets, losses, z.stride(0), softcap or 1.0, logit_scale, WIDTH=z.shape[1], CAPPED=softcap is not None,
-                BLOCK=block, num_warps=max(1, min(WARPS, block // 256)),
+                z, targets.contiguous(), losses, z.stride(0), softcap or 1.0, logit_scale,
+                WIDTH=z.shape[1], CAPPED=softcap is not None, BLOCK=block, num_warps=max(1, min(WARPS, block // 256)),
             )  # fmt: skip
     return losses, z
