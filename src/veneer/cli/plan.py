@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -68,7 +69,15 @@ def command(
 
     about = f"{profile.numbers / 1e9:.2f} B parameters, {tokens:,} tokens a step in sequences of up to {sequence:,}"
     print_plan(plan, console, f"{model}: {about}; {here.name}", here.notes)
-    err.print(f"run it: veneer train -m {model} -d DATA -o OUT" + (f" --vram {vram}" if vram else ""), style="dim")
+    flags = [
+        ("--vram", vram),
+        ("--rank", rank),
+        ("--targets", targets),
+        ("--quant", quant if quant != "auto" else None),
+    ]
+    flags += [("--set", pair) for pair in set_ or []]
+    given = "".join(f" {flag} {quote(str(value))}" for flag, value in flags if value is not None)
+    err.print(f"run it: veneer train -m {model} -d DATA -o OUT{given}", style="dim", soft_wrap=True)
 
 
 def _size(flag: str, value: str | None) -> int | None:
