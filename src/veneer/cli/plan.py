@@ -74,10 +74,12 @@ def command(
         ("--rank", rank),
         ("--targets", targets),
         ("--quant", quant if quant != "auto" else None),
+        ("--max-length", seq),
     ]
+    flags = [("-d", path) for path in data or ["DATA"]] + [("-o", "OUT"), *flags]
     flags += [("--set", pair) for pair in set_ or []]
     given = "".join(f" {flag} {quote(str(value))}" for flag, value in flags if value is not None)
-    err.print(f"run it: veneer train -m {model} -d DATA -o OUT{given}", style="dim", soft_wrap=True)
+    err.print(f"run it: veneer train -m {quote(model)}{given}", style="dim", soft_wrap=True)
 
 
 def _size(flag: str, value: str | None) -> int | None:

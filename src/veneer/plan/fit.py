@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -182,7 +181,7 @@ def find(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> Plan:
     every = options(profile, budget, rates, wish)
     if "keep" not in wish.fixed:
         every += with_kept_blocks(profile, budget, rates, every)
-    fitting = sorted((option for option in every if not option.reason), key=_rank)
+    fitting = ranked(option for option in every if not option.reason)
     if not fitting:
         raise PlanError(nothing_fits(profile, budget, rates, wish, every))
     chosen = fitting[0]
@@ -196,11 +195,23 @@ def find(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> Plan:
     )
 
 
-def _rank(option: Option) -> tuple:
-    """By time, in classes of `SAME`; within one the plainer setting, then the one that needs less."""
+def ranked(options: Iterable[Option]) -> list[Option]:
+    """By time, in classes of those within `SAME` of their fastest; within one the plainer setting, then the one that needs
+    less."""
+    found: list[Option] = []
+    group: list[Option] = []
+    for option in sorted(options, key=lambda option: option.time.total):
+        if group and option.time.total > SAME * group[0].time.total:
+            found += sorted(group, key=_plain)
+            group = []
+        group.append(option)
+    return found + sorted(group, key=_plain)
+
+
+def _plain(option: Option) -> tuple:
     s = option.setting
     plain = tuple(AXES[axis].index(v) if (v := getattr(s, axis)) in AXES[axis] else 0 for axis in AXES)
-    return round(math.log(option.time.total) / math.log(SAME)), plain, option.need.total
+    return plain, option.need.total
 
 
 def _different(fitting: Iterable[Option], chosen: Option, count: int = 3) -> list[Option]:
@@ -227,7 +238,7 @@ def _not_taken(every: list[Option], chosen: Option) -> list[Why]:
             own = [option for option in every if getattr(option.setting, axis) == value]
             fitting = [option for option in own if not option.reason]
             if fitting:
-                best = min(fitting, key=_rank)
+                best = ranked(fitting)[0]
                 slower = best.time.total / chosen.time.total - 1
                 reason = f"{slower:.0%} slower" if slower >= SAME - 1 else "no faster"
                 found.append(Why(axis, value, f"{reason}, in {text(best.wanted)}"))
@@ -268,7 +279,7 @@ def nothing_fits(profile: Profile, budget: Budget, rates: Rates, wish: Wish, eve
     for axis in [axis for axis in wish.fixed if axis in (*AXES, "micro_tokens")]:
         rest = {key: value for key, value in wish.fixed.items() if key != axis}
         if fits := [o for o in options(profile, budget, rates, replace(wish, fixed=rest)) if not o.reason]:
-            best = min(fits, key=_rank)
+            best = ranked(fits)[0]
             hints.append(f"{NAMES[axis]}: {getattr(best.setting, axis)}")
     sequence = wish.sequence // 2
     while not hints and sequence >= 64:
