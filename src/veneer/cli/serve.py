@@ -94,6 +94,7 @@ def command(
         running, app = _build(base, served, named, allowed, options, sizes, tiers, api_key, hosts)
         address, number = bound.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
+        bound.listen(2048)  # from the moment that the address is told: who comes early waits
         err.print(f"{served} and {len(named)} adapters at http://{shown}:{number} (Ctrl-C stops)", markup=False)
         if hosts_for(host) is None and not api_key:
             err.print("warning: others can reach this server and there is no --api-key", style="yellow")
@@ -164,7 +165,7 @@ def _leave(number: int, frame: Any) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """The listening socket, before anything is loaded: a taken port is said at once."""
+    """The socket to listen on, before anything is loaded: a taken port is said at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         bound = socket.socket(family, socket.SOCK_STREAM)
