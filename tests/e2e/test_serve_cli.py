@@ -62,6 +62,22 @@ def server(model_dir, folder):
     process.wait()
 
 
+def test_a_client_that_comes_at_once_waits(model_dir):
+    slow = "import time, uvicorn\nrun = uvicorn.Server.run\nuvicorn.Server.run = lambda *a, **k: (time.sleep(1), run(*a, **k))"
+    command = [sys.executable, "-c", f"{slow}\nfrom veneer.cli.main import main\nmain()", "serve", str(model_dir)]
+    command += ["--port", "0", "--slots", "1", "--context", "64", "--device", "cpu"]
+    process, said = subprocess.Popen(command, stderr=subprocess.PIPE, text=True), ""
+    try:
+        while not (found := re.search(r"at http://127\.0\.0\.1:(\d+)", said)):
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        socket.create_connection(("127.0.0.1", int(found[1])), timeout=20).close()
+    finally:
+        process.kill()
+        process.wait()
+
+
 def alone(model_dir, tokenizer, adapter, count):
     """What one adapter answers by itself, from the library."""
     from veneer.base.load import load_base
