@@ -70,14 +70,15 @@ def command(
     about = f"{profile.numbers / 1e9:.2f} B parameters, {tokens:,} tokens a step in sequences of up to {sequence:,}"
     print_plan(plan, console, f"{model}: {about}; {here.name}", here.notes)
     flags = [
+        *(("-d", path) for path in data or ["DATA"]),
+        ("-o", "OUT"),
         ("--vram", vram),
         ("--rank", rank),
         ("--targets", targets),
         ("--quant", quant if quant != "auto" else None),
         ("--max-length", seq),
+        *(("--set", pair) for pair in set_ or []),
     ]
-    flags = [("-d", path) for path in data or ["DATA"]] + [("-o", "OUT"), *flags]
-    flags += [("--set", pair) for pair in set_ or []]
     given = "".join(f" {flag} {quote(str(value))}" for flag, value in flags if value is not None)
     err.print(f"run it: veneer train -m {quote(model)}{given}", style="dim", soft_wrap=True)
 
