@@ -59,6 +59,23 @@ def test_packing_keeps_what_the_model_computes_and_is_undone_bit_for_bit():
     assert all(layer.packed is None for layer in bank.layers.values())
 
 
+def test_a_refresh_sees_new_factors_and_new_scales():
+    model, bank = adapted()
+    packing = Packing()
+    packing.pack(model.model.layers, groups_of(model))
+    packing.refresh()
+    for layer in bank.layers.values():
+        layer.scaling["default"] *= 3
+        layer.lora_A["default"] = torch.nn.Parameter(layer.lora_A["default"] + 1)
+    packing.refresh()
+    for group in packing.groups:
+        wanted = [scale for scale, rank in zip(group.scales, group.ranks) for _ in range(rank)]
+        assert torch.equal(group.scaling, torch.tensor(wanted))
+        for layer, (a, b) in zip(group.layers, group.views):
+            assert torch.equal(a, layer.lora_A["default"])
+            assert torch.equal(b, layer.scaling["default"] * layer.lora_B["default"])
+
+
 @pytest.mark.parametrize(
     "config", [{"dropout": 0.1}, {"dora": True}, {"init": "pissa"}, {"lora_bias": True}, {"lora_fa": True}], ids=str
 )

@@ -144,10 +144,10 @@ def input_gradient(wide: Tensor, packed: Tensor, ranks: Sequence[int], need_x: b
 
 
 def factor_gradients(wide: Tensor, u: Tensor, x: Tensor, low: Tensor, scaling: Tensor, sizes, ranks) -> list[Tensor]:
-    """[∂L/∂A_i…, ∂L/∂B_i…] from g̃."""
+    """[∂L/∂A_i…, ∂L/∂B_i…] from g̃, contiguous: autograd copies what is not before it keeps it."""
     grad_b = ((wide[:, : sum(sizes)].t() @ low) * scaling).split(list(sizes))
     starts = [sum(ranks[:i]) for i in range(len(ranks))]
-    grad_b = [d[:, start : start + rank] for d, start, rank in zip(grad_b, starts, ranks)]
+    grad_b = [d[:, start : start + rank].contiguous() for d, start, rank in zip(grad_b, starts, ranks)]
     return [*(u.t() @ x).split(list(ranks)), *grad_b]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 from veneer.config import OptimConfig
 from veneer.errors import ConfigError
 from veneer.training.optim import make_optimizer
+from veneer.training.sums import Sums
 
 
 class FlatOptimizer:
     """`make_optimizer`'s AdamW with the parameters of each group in one buffer, and their gradients in another.
 
     The parameters become views of their buffer, so whoever holds them sees every update. AdamW works element by element,
-    so the result is the same. A parameter that no gradient reached counts as one whose gradient is zero. With
+    so the result is the same. A parameter that no gradient reached counts as one whose gradient is zero. Gradients are
+    added by `veneer.training.sums` in a backward pass; after it each parameter's `grad` is its view. With
     config.optimizer an 8-bit one of bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861) takes AdamW's place.
     """
 
@@ -26,6 +29,7 @@ class FlatOptimizer:
     ) -> None:
         plain = make_optimizer(parameters, config, embeddings)
         self.members: list[tuple[nn.Parameter, Tensor]] = []
+        self.sums: list[Sums] = []
         groups = []
         for group in plain.param_groups:
             by_kind: dict[tuple, list[nn.Parameter]] = {}
@@ -42,7 +46,10 @@ class FlatOptimizer:
         sizes = [p.numel() for p in parameters]
         for p, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes)):
             p.data, p.grad = data.view_as(p), grad.view_as(p)
-            self.members.append((p, p.grad))
+        views = [p.grad for p in parameters]
+        self.members += zip(parameters, views)
+        self.sums.append(Sums(parameters, views))
+        weakref.finalize(self, self.sums[-1].hook()).atexit = False  # the parameters may live on without this
         return flat
 
     @property
@@ -59,8 +66,8 @@ class FlatOptimizer:
         """Set every gradient to zero, in place."""
         for flat in self.buffers:
             flat.grad.zero_()
-        for p, grad in self.members:
-            p.grad = grad
+        for sums in self.sums:
+            sums.forget()
 
     def gather(self) -> None:
         """Take in gradients that were put in a parameter's `grad` instead of added to it."""

@@ -33,6 +33,7 @@ class PackedGroup:
     def __init__(self, layers: Sequence[AdaptedLinear], active: str, matrix: Tensor | None = None) -> None:
         """`matrix`: one that holds the weights already, in which they are put by others."""
         self.layers, self.active = list(layers), active
+        self.factors = [(layer.lora_A, layer.lora_B) for layer in layers]
         self.sizes = tuple(layer.d_out for layer in layers)
         self.ranks = tuple(layer.rank[active] for layer in layers)
         device, dtype = layers[0].place()
@@ -111,14 +112,14 @@ class Packing:
         """Bring the factors in the matrices up to date."""
         if not self.groups:
             return
-        factors = [layer.factors(group.active) for group in self.groups for layer in group.layers]
+        factors = [(a[group.active], b[group.active]) for group in self.groups for a, b in group.factors]
         for group in self.groups:
-            scales = [[layer.scaling[group.active]] * rank for layer, rank in zip(group.layers, group.ranks)]
-            if (scales := sum(scales, [])) != group.scales:
+            scales = [layer.scaling[group.active] for layer in group.layers]
+            if scales != group.scales:
                 group.scales = scales
-                group.scaling.copy_(torch.tensor(scales))
+                group.scaling.copy_(torch.tensor(scales).repeat_interleave(torch.tensor(group.ranks)))
         views = [view for group in self.groups for view in group.views]
-        scaling = [layer.scaling[group.active] for group in self.groups for layer in group.layers]
+        scaling = [scale for group in self.groups for scale in group.scales]
         self.copies.run(
             [*[a for a, _ in factors], *[b for _, b in factors]],
             [*[a for a, _ in views], *[b for _, b in views]],
