@@ -223,9 +223,12 @@ def cold(bench: Bench) -> dict[str, Any]:
         other.host = None  # its memory is the next one's, as where the host tier is full
     there = [name for name, content in bench.registry._names.items() if content.on_device]
     busy = [bench.ask(n, there[n % len(there)], bench.o.new) for n in range(bench.o.slots // 2)]
+    streams = [iter(ticket) for ticket in busy]
+    for stream in streams:
+        next(stream)  # while prompts are being read, everyone waits for them
     under_load = {"warm": bench.first_token("a0"), "cold": bench.first_token(f"a{bench.most + 8}")}
-    for ticket in busy:
-        list(ticket)
+    for stream in streams:
+        list(stream)
     figures = {"base": statistics.median(base), "disk_first": disk[0]}
     figures |= {"warm": statistics.median(warm), "host": statistics.median(host), "disk": statistics.median(disk)}
     figures |= {f"{key}_under_load": value for key, value in under_load.items()}

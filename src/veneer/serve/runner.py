@@ -148,8 +148,10 @@ class Runner:
             self.close()
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ServeError(f"{type(self.model).__name__} cannot be served: {reason}") from error
-        error = (torch.cat(got) - expected[-2:]).abs().max()
-        tolerance = (1e-3 if self.cache.store.dtype == torch.float32 else 5e-2) * expected[-2:].abs().max().clamp(min=1)
+        error = float((torch.cat(got) - expected[-2:]).abs().max())
+        share = 1e-3 if self.cache.store.dtype == torch.float32 else 5e-2
+        tolerance = share * max(1.0, float(expected[-2:].abs().max()))
         if not error <= tolerance:
             self.close()
-            raise ServeError(f"{type(self.model).__name__} gives other logits through the engine's cache: not served")
+            how = f"by {error:.3g}, more than {tolerance:.3g}"
+            raise ServeError(f"{type(self.model).__name__} gives other logits through the engine's cache ({how})")

@@ -16,6 +16,9 @@ from veneer.serve.pool import Stack
 from veneer.serve.registry import Registry
 from veneer.serve.runner import Runner, head_sizes
 
+KEPT: list[torch.cuda.CUDAGraph] = []
+"""Graphs of trials: a graph that goes takes a memory pool and its stream's cuBLAS workspace along, beside a server's."""
+
 
 def runner_for(registry: Registry) -> type[Runner]:
     """Captured graphs where there is a GPU whose triton kernels compute what they should, plain torch elsewhere."""
@@ -100,6 +103,7 @@ def captured(function: Callable[[], Tensor], device: torch.device) -> Callable[[
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
             result = function()
+    KEPT.append(graph)
 
     def replay() -> Tensor:
         graph.replay()
