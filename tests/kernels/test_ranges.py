@@ -45,8 +45,7 @@ def stacked_dequantised(made, where):
 
 
 def stack_of(made, where):
-    factors = ranges.stack(made["A"], made["B"], SCALES, made["x"].dtype)
-    return ranges.Stack(*factors, where.columns(list(LENGTHS), RANKS))
+    return ranges.Stack.of(made["A"], made["B"], SCALES, list(LENGTHS), where, made["x"].dtype)
 
 
 def stacked_function(made, where):

@@ -30,7 +30,7 @@ class Ranges:
     bounds: dict[str, tuple[int, int]]
     number: dict[str, int]
     owner: Tensor
-    _columns: dict[tuple, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _columns: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, lengths: Mapping[str, int], device: torch.device) -> Ranges:
@@ -52,12 +52,15 @@ class Ranges:
         own = [(self.owner == self.number[name]).unsqueeze(1).expand(-1, rank) for name, rank in zip(names, ranks)]
         return torch.cat(own, dim=1)
 
-    def columns(self, names: Sequence[str], ranks: Sequence[int]) -> Tensor:
-        """(Σ ranks, int64): the number of each column's adapter; made once for each set of names and ranks."""
-        key = *names, *ranks
+    def columns(
+        self, names: Sequence[str], ranks: Sequence[int], scaling: Sequence[float], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The number (int64) and the scaling (in `dtype`) of each column's adapter, (Σ ranks) each; made once and kept."""
+        key = *names, *ranks, *scaling, dtype
         if key not in self._columns:
-            numbers = [self.number[name] for name, rank in zip(names, ranks) for _ in range(rank)]
-            self._columns[key] = torch.tensor(numbers).to(self.owner.device, non_blocking=True)
+            repeats = torch.tensor(ranks)
+            values = torch.tensor([self.number[name] for name in names]), torch.tensor(scaling, dtype=dtype)
+            self._columns[key] = tuple(v.repeat_interleave(repeats).to(self.owner.device) for v in values)
         return self._columns[key]
 
 
@@ -71,6 +74,20 @@ class Stack(NamedTuple):
     lora_A: Tensor
     lora_B: Tensor
     owner: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        lora_A: Sequence[Tensor],
+        lora_B: Sequence[Tensor],
+        scaling: Sequence[float],
+        names: Sequence[str],
+        ranges: Ranges,
+        dtype: torch.dtype,
+    ) -> Stack:
+        """In a few kernels whatever their number; autograd hands a stack's gradient on to its adapters as views."""
+        owner, scales = ranges.columns(names, [a.shape[0] for a in lora_A], scaling, lora_B[0].dtype)
+        return cls(torch.cat(list(lora_A)).to(dtype), (torch.cat(list(lora_B), dim=1) * scales).to(dtype), owner)
 
 
 def stack(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], dtype: torch.dtype):

@@ -19,8 +19,9 @@ from veneer.adapter.layers import AdaptedLinear
 def stacking(block: nn.Module, forward: Callable) -> Callable:
     """`forward` of a compiled block with `AdaptedLinear.stacked` in place wherever tokens are routed.
 
-    The stacks of one block are made right before it runs: so their gradients are handed on to the adapters right after
-    its backward pass, and those of one block at most are there at once.
+    The stacks of a block are made right before it runs, so that autograd hands their gradients on to the adapters right
+    after its backward pass: gradients of one block's stacks at most are there at once. The stacks themselves, in the
+    base's dtype, are kept until then.
     """
 
     @wraps(forward)

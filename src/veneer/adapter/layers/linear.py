@@ -24,7 +24,7 @@ from veneer.adapter.layers.base import AdaptedModule, Options, Routing, clone_mo
 from veneer.errors import AdapterStateError
 from veneer.kernels import dispatch, reference
 from veneer.kernels.quantised import Dequantise
-from veneer.kernels.ranges import Ranges, Stack, Weight, stack, stacked_lora_linear
+from veneer.kernels.ranges import Ranges, Stack, Weight, stacked_lora_linear
 
 
 class AdaptedLinear(AdaptedModule):
@@ -153,9 +153,8 @@ class AdaptedLinear(AdaptedModule):
         names = [name for name in ranges.number if name in self.lora_A]
         if not names or self._own_weight() is None or not all(self._groupable(name) for name in names):
             return None
-        lora_A, lora_B = zip(*(self.factors(name) for name in names))
-        a, b = stack(lora_A, lora_B, [self.scaling[name] for name in names], self.place()[1])
-        return Stack(a, b, ranges.columns(names, [factor.shape[0] for factor in lora_A]))
+        factors, scaling = zip(*(self.factors(name) for name in names)), [self.scaling[name] for name in names]
+        return Stack.of(*factors, scaling, names, ranges, self.place()[1])
 
     def _own_weight(self) -> Weight | None:
         """The frozen weight, or what dequantises it; None for a layer that gives neither."""
