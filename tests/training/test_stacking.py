@@ -65,7 +65,7 @@ def test_a_neighbours_start_and_rank_change_nothing_and_need_no_other_code(tmp_p
         mine = configs(tmp_path / str(number), [{"rank": 4}, other])
         ends.append(together(model, compiled(mine), data, tokens=4096)[0].config.out)
         graphs.append(len(traced))
-    assert graphs[0] == graphs[1]
+    assert graphs[0] == graphs[1] > 0
     assert_same(*ends, 1e-6)
 
 
@@ -78,4 +78,4 @@ def test_compiled_code_does_not_grow_with_the_adapters(tmp_path, traced):
         together(model, compiled(mine), data, tokens=4096)
         inputs.append(list(traced))
         torch._dynamo.reset()
-    assert inputs[0] == inputs[1]
+    assert inputs[0] and inputs[0] == inputs[1]
