@@ -10,10 +10,10 @@
 Random weights made on the device, random tokens, real forward, backward and update, by workers (plan_measure.py) that
 take one setting after the other. On a GPU `--jobs` of them run at once where they fit together; with --speed they are
 compiled and warm at once, and then each in turn has the device for itself; what still compiles when the time that is
-left is wanted for that is left out. On a CPU each setting has a process of its own, freed memory is given back as in a
-run with train.vram, and the peak is of resident memory (VmHWM); seconds are of one thread's own work. Results are written as they come; a setting that fails or takes longer than --setting-seconds is
-recorded and the others run; --append keeps what was measured before, in --out or another file, and takes the other
-settings only.
+left is wanted for that is left out. On a CPU each setting has a process of its own, freed memory is given back as in
+a run with train.vram, and the peak is of resident memory (VmHWM); seconds are of one thread's own work. Results are
+written as they come; a setting that fails or takes longer than --setting-seconds is recorded and the others run;
+--append keeps what was measured before, in --out or another file, and takes the other settings only.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ TOGETHER = 138.0
 """GB that the settings on one device may take at once."""
 ALONE_SECONDS = 4.0
 """What a setting that is compiled and warm takes alone on its device, at most by and large."""
+AGAIN = "not tried with this prediction"
+"""`held` of a setting whose prediction has changed since it was measured: `scripts/memory_table.py --again`."""
 PATIENCE = 6
 """How many smaller settings may pass by one that does not fit yet."""
 
@@ -294,8 +296,9 @@ def main() -> None:
 
 
 def sound(result: dict) -> bool:
-    """Whether a result is of a measurement as it is made now: with notes, and a streamed base without its making."""
-    if "measured" not in result or "notes" not in result:
+    """Whether a result is of a measurement as it is made now: with notes, held to its prediction as that is now, and a
+    streamed base without its making."""
+    if "measured" not in result or "notes" not in result or result.get("held") == AGAIN:
         return False
     return result["case"]["stream"] == "off" or "base" not in result["measured"]
 
