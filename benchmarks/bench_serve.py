@@ -104,10 +104,10 @@ def run_case(model: Any, tokenizer: Any, case: dict[str, Any], o: argparse.Names
         for n in range(o.adapters):
             registry.load(f"a{n}", folder / f"a{n}")
         peft = load_peft(folder, o)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
         engine = Engine(model, tokenizer, registry, slots=o.slots, context=256, queue=o.requests)
         engine.start()
         figures = {"adapter_mib": round(registry.info("a0").bytes / 2**20, 2)}
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
         adapters = min(o.slots, o.adapters) * registry.info("a0").bytes
         figures["bound"] = round(weights / (weights + adapters), 3)
         for kind in ("equal", "varied"):

@@ -13,6 +13,7 @@ from veneer.adapter.targets import output_head
 from veneer.kernels.grouped import has_grouped_mm
 from veneer.serve.cache import ATTENTION, Prompts, SlotCache, Tokens
 from veneer.serve.errors import ServeError
+from veneer.serve.packed import PackedLinear, packable
 from veneer.serve.pool import Pool, groups_of
 from veneer.serve.registry import Registry
 from veneer.serve.routing import Grouped, GroupState, Plan, RoutedLinear, Routing, Segments, Uses, plan_rows
@@ -52,6 +53,7 @@ class Runner:
         self.pool = Pool(registry, groups, places, self.device, dtype, self.power_ranks)
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self._own_attention = config._attn_implementation
+        self._pack()
         self._install()
         self._check(expected)
 
@@ -66,8 +68,9 @@ class Runner:
 
     def close(self) -> None:
         """Take the adapters out of the model and give it its own attention back."""
-        for parent, leaf, module in self._replaced:
-            setattr(parent, leaf, module)
+        for owner, leaf, module in reversed(self._replaced):
+            here = getattr(owner, leaf)
+            setattr(owner, leaf, here.unpack() if isinstance(here, PackedLinear) else module)
         self._replaced.clear()
         self.model.set_attn_implementation(self._own_attention)
 
@@ -125,16 +128,23 @@ class Runner:
             raise ServeError(f"{type(self.model).__name__} calls a layer twice, which cannot be served")
         return calls, logits
 
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        self._replaced.append((owner, leaf, getattr(owner, leaf)))
+        setattr(owner, leaf, module)
+
+    def _pack(self) -> None:
+        for name, shared in packable(self.model).items():
+            self._replace(name, PackedLinear(self.model.get_submodule(name), shared))
+
     def _install(self) -> None:
         head = output_head(self.model)
         for group in self.pool.groups:
             modules = [self.model.get_submodule(target) for target in group.targets]
             state = GroupState(group, modules, self.pool, self.routing, modules[0] is head)
             for part, (target, module) in enumerate(zip(group.targets, modules)):
-                parent, _, leaf = target.rpartition(".")
-                owner = self.model.get_submodule(parent)
-                self._replaced.append((owner, leaf, module))
-                setattr(owner, leaf, RoutedLinear(module, state, part))
+                self._replace(target, RoutedLinear(module, state, part))
         self.model.set_attn_implementation(ATTENTION)
 
     def _check(self, expected: Tensor) -> None:
