@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from veneer.serve import Engine, Registry, Request, Sampling, static
+from veneer.serve import Engine, Registry, Request, Sampling
 from veneer.serve.stored import STILL
 
 LINEARS = (
@@ -264,11 +264,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--counts", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64, 512])
-    parser.add_argument("--no-overlap", action="store_true", help="shrinks after the base's products, not beside them")
     parser.add_argument("--limit-seconds", type=float, default=80)
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
-    static.OVERLAP = not o.no_overlap
     began = time.perf_counter()
     name = torch.cuda.get_device_name(0) if o.device.startswith("cuda") else "cpu"
     record: dict[str, Any] = {

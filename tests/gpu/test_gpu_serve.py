@@ -20,8 +20,7 @@ from serve.test_grouped import (
 from conftest import CORPUS, tiny_llama
 from veneer.kernels import grouped, served
 from veneer.kernels.served_check import Shapes, deviation
-from veneer.serve import Engine, static
-from veneer.serve.trusted import overlap_holds
+from veneer.serve import Engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,11 +65,6 @@ def test_attention_over_slots_is_its_twin(dtype, K, G, D, C, window):
 @DTYPES
 def test_updates_of_prompts_are_their_definition(dtype):
     check_prompt_update(1e-5 if dtype == torch.float32 else 1e-2, dtype, "cuda")
-
-
-@DTYPES
-def test_a_second_stream_changes_nothing(dtype):
-    assert overlap_holds(torch.device("cuda", torch.cuda.current_device()), dtype)
 
 
 def test_grouped_lora_in_one_product():
@@ -131,16 +125,6 @@ def test_captured_prompts_without_an_adapter_are_bit_equal_to_the_base(tokenizer
     plain = engine.runner.prompts([(*piece[:3], ()) for piece in pieces], [True] * 3)
     assert torch.equal(mixed[[0, 2]], plain[[0, 2]]) and not torch.equal(mixed[1], plain[1])
     engine.shutdown(5)
-
-
-def test_a_second_stream_that_is_not_waited_for_is_found(monkeypatch):
-    """After what captures: a capture that failed must not be in the way of the next, and may be."""
-    device, here = torch.device("cuda", torch.cuda.current_device()), torch.cuda.current_stream()
-    expand = lambda self, hidden, stack, ys: served.expand(hidden, stack.B, self.tiles, self.weights, ys)  # noqa: E731
-    monkeypatch.setattr(static.Tiles, "expand", expand)
-    assert not overlap_holds(device, torch.bfloat16) and torch.cuda.current_stream() == here
-    monkeypatch.undo()
-    assert overlap_holds(device, torch.bfloat16)
 
 
 # Last, and wide heads last of all: a kernel that reads where it must not takes the process's CUDA context along.
