@@ -3,15 +3,17 @@
     python benchmarks/bench_plan.py --gpus 0,1 --out benchmarks/results/plan_gpu.json                    memory
     python benchmarks/bench_plan.py --gpus 0,1 --speed --out benchmarks/results/plan_gpu.json            speed, added
     python benchmarks/bench_plan.py --append --out benchmarks/results/plan_gpu.json                      what is missing
+    python benchmarks/bench_plan.py --append before.json --out now.json            what is missing there, both in now.json
     python benchmarks/bench_plan.py --device cpu --out benchmarks/results/plan_cpu.json
     python benchmarks/bench_plan.py --device cpu --smoke --jobs 2                              a few tiny settings
 
 Random weights made on the device, random tokens, real forward, backward and update, by workers (plan_measure.py) that
 take one setting after the other. On a GPU `--jobs` of them run at once where they fit together; with --speed they are
-compiled and warm at once, and then each in turn has the device for itself. On a CPU each setting has a process of its
-own, freed memory is given back as in a run with train.vram, and the peak is of resident memory (VmHWM); seconds are of
-one thread's own work. Results are written as they come; a setting that fails or takes longer than --setting-seconds is
-recorded and the others run; --append keeps what was measured before and takes the other settings only.
+compiled and warm at once, and then each in turn has the device for itself; what still compiles when the time that is
+left is wanted for that is left out. On a CPU each setting has a process of its own, freed memory is given back as in
+a run with train.vram, and the peak is of resident memory (VmHWM); seconds are of one thread's own work. Results are
+written as they come; a setting that fails or takes longer than --setting-seconds is recorded and the others run;
+--append keeps what was measured before, in --out or another file, and takes the other settings only.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ from plan_measure import serve
 
 TOGETHER = 138.0
 """GB that the settings on one device may take at once."""
+ALONE_SECONDS = 4.0
+"""What a setting that is compiled and warm takes alone on its device, at most by and large."""
+AGAIN = "not tried with this prediction"
+"""`held` of a setting whose prediction has changed since it was measured: `scripts/memory_table.py --again`."""
 PATIENCE = 6
 """How many smaller settings may pass by one that does not fit yet."""
 
@@ -107,6 +113,8 @@ class Device:
         self.workers = [self.hire() for _ in range(min(options.jobs, len(waiting)))]
         self.passed: dict[Case, int] = {}
         self.alone = False
+        self.closing = False
+        """Whether no setting begins any more."""
         self.rates: dict = {}
 
     def hire(self) -> Worker:
@@ -139,16 +147,29 @@ class Device:
                     keep({"gpu": self.gpu, "wall_seconds": round(time.time() - worker.began, 1)} | found)
                 elif found is not None:
                     print(f"a worker could not start: {found['failed']}", file=sys.stderr)
-            if worker.state == "over" and self.waiting:
+            if worker.state == "over" and self.waiting and not self.closing:
                 self.workers[i] = self.hire()
+        if self.work == "speed":
+            self.close_in_time(keep, until)
         if time.time() < until:
             self.start_more()
+
+    def close_in_time(self, keep: Callable[[dict], None], until: float) -> None:
+        """End what still compiles once the time that is left is wanted for the settings that are ready."""
+        left = [worker for worker in self.running if worker.state in ("ready", "alone")]
+        if not left or time.time() < until - ALONE_SECONDS * (len(left) + 1):
+            return
+        self.closing = True
+        for worker in self.running:
+            if worker.state == "busy":
+                keep({"case": asdict(worker.case), "skipped": "--limit-seconds, while it was compiled"})
+                worker.end()
 
     def start_more(self) -> None:
         """Let idle workers begin; or, when all that fits is compiled, one of those that are ready measure alone."""
         self.alone = self.alone and bool(self.running)
         for worker in self.workers:
-            if worker.state != "idle" or self.alone:
+            if worker.state != "idle" or self.alone or self.closing:
                 continue
             if self.gpu is None and not self.running and not self.rates:
                 self.measure_rates()  # a CPU's change with what else it does; its worker ends with it
@@ -159,8 +180,8 @@ class Device:
             worker.ask(self.work, case, self.rates)
             self.rates = self.rates if self.gpu is not None or len(self.running) > 1 else {}
         if self.running and all(worker.state == "ready" for worker in self.running):
-            if not any(worker.state in ("starting", "idle") for worker in self.workers) or self.fitting() is None:
-                self.alone = True
+            more = any(worker.state in ("starting", "idle") for worker in self.workers) and self.fitting() is not None
+            self.alone = self.alone or self.closing or not more
         ready = [worker for worker in self.running if worker.state == "ready"]
         if self.alone and ready and not any(worker.state in ("busy", "alone") for worker in self.running):
             ready[0].go()
@@ -188,7 +209,7 @@ def run(cases: list[Case], options: argparse.Namespace, keep: Callable[[dict], N
     """Measure all cases, as many at once as may be; `keep` takes each result."""
     gpus: list[str | None] = options.gpus.split(",") if options.device == "cuda" else [None]
     until, waiting = time.time() + options.limit_seconds, list(cases)
-    devices = [Device(gpu, waiting, options) for gpu in gpus]
+    devices = [Device(gpu, waiting, options) for gpu in gpus] if cases else []
     for device in devices:
         device.measure_rates()
     while (waiting or any(device.running for device in devices)) and time.time() < until:
@@ -226,17 +247,24 @@ def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--append", action="store_true", help="keep what --out holds; measure what it has not")
+    parser.add_argument(
+        "--append",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        help="keep what --out or this file holds; measure what it has not",
+    )
     parser.add_argument("--only", help="settings whose name holds this text")
     parser.add_argument("--without", help="no settings whose name holds this text")
     parser.add_argument("--smoke", action="store_true", help="a few tiny settings")
     parser.add_argument("--speed", action="store_true", help="on a GPU: measure speed, each setting alone")
     parser.add_argument("--gpus", default="0", help="indices of the GPUs, with commas")
-    parser.add_argument("--jobs", type=int, help="settings at once on each device (CPU: 1; GPU: 12; --speed: 24)")
+    parser.add_argument("--jobs", type=int, help="settings at once on each device (CPU: 1; GPU: 12)")
     parser.add_argument("--limit-seconds", type=float, default=600, help="of all: what has not ended then is left out")
     parser.add_argument("--setting-seconds", type=float, default=150, help="of one setting (with --speed: 300)")
     options = parser.parse_args()
-    options.jobs = options.jobs or (1 if options.device == "cpu" else 24 if options.speed else 12)
+    options.jobs = options.jobs or (1 if options.device == "cpu" else 12)
+    options.append = options.out if options.append == Path() else options.append
     options.setting_seconds *= 2 if options.speed else 1
     return options
 
@@ -248,23 +276,38 @@ def main() -> None:
     cases = [case for case in cases if not options.without or options.without not in case.name]
     part = "speed" if options.speed else "results"
     record: dict[str, Any] = {"results": []}
-    if options.out and options.out.exists():
-        record |= json.loads(options.out.read_text(encoding="utf-8"))
+    if (before := options.append or options.out) and before.exists():
+        record |= json.loads(before.read_text(encoding="utf-8"))
     arguments = [text for text in sys.argv[1:] if not text.endswith(".json") and text != "--out"]
-    record |= {"command": " ".join(["python benchmarks/bench_plan.py", *arguments]), "machine": machine(options.device)}
-    kept = record.get(part, []) if options.append else []
-    record[part] = [r for r in kept if "measured" in r and "notes" in r]  # without notes: of an older measurement
+    said = " ".join(["python benchmarks/bench_plan.py", *arguments])
+    record |= {"speed_command" if options.speed else "command": said, "machine": machine(options.device)}
+    record[part] = [r for r in record.get(part, []) if sound(r)] if options.append else []
     done = {case_of(result) for result in record[part]}
 
     def keep(result: dict) -> None:
         record[part].append(result)
         print(line_of(result), flush=True)
         if options.out:
-            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            written(options.out, json.dumps(record, indent=1) + "\n")
 
     began = time.time()
     run([case for case in cases if case not in done], options, keep)
     print(f"{time.time() - began:.0f} s", flush=True)
+
+
+def sound(result: dict) -> bool:
+    """Whether a result is of a measurement as it is made now: with notes, held to its prediction as that is now, and a
+    streamed base without its making."""
+    if "measured" not in result or "notes" not in result or result.get("held") == AGAIN:
+        return False
+    return result["case"]["stream"] == "off" or "base" not in result["measured"]
+
+
+def written(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
 def machine(device: str) -> dict:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from veneer.serve import Engine, Registry, Request, Sampling, static
+from veneer.serve import Engine, Registry, Request, Sampling
 from veneer.serve.stored import STILL
 
 LINEARS = (
@@ -223,9 +223,12 @@ def cold(bench: Bench) -> dict[str, Any]:
         other.host = None  # its memory is the next one's, as where the host tier is full
     there = [name for name, content in bench.registry._names.items() if content.on_device]
     busy = [bench.ask(n, there[n % len(there)], bench.o.new) for n in range(bench.o.slots // 2)]
+    streams = [iter(ticket) for ticket in busy]
+    for stream in streams:
+        next(stream)  # while prompts are being read, everyone waits for them
     under_load = {"warm": bench.first_token("a0"), "cold": bench.first_token(f"a{bench.most + 8}")}
-    for ticket in busy:
-        list(ticket)
+    for stream in streams:
+        list(stream)
     figures = {"base": statistics.median(base), "disk_first": disk[0]}
     figures |= {"warm": statistics.median(warm), "host": statistics.median(host), "disk": statistics.median(disk)}
     figures |= {f"{key}_under_load": value for key, value in under_load.items()}
@@ -261,11 +264,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--counts", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64, 512])
-    parser.add_argument("--no-overlap", action="store_true", help="shrinks after the base's products, not beside them")
     parser.add_argument("--limit-seconds", type=float, default=80)
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
-    static.OVERLAP = not o.no_overlap
     began = time.perf_counter()
     name = torch.cuda.get_device_name(0) if o.device.startswith("cuda") else "cpu"
     record: dict[str, Any] = {

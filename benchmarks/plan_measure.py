@@ -186,14 +186,15 @@ def memory_of(case: Case, rates: dict, wait: Callable[[], None]) -> dict:
     record, notes = predicted(case, Rates(**rates), True) | {"rates": rates}, []
     model = build(case, "cuda")
     clean()
-    base = torch.cuda.memory_allocated()
+    base = {"base": torch.cuda.memory_allocated()} if case.stream == "off" else {}
     torch.cuda.reset_peak_memory_stats()
     with ExitStack() as stack:
         step = step_of(case, model, stack, notes.append)
         if case.stream != "off":  # whose base was on the device to be made, as a run's never is
             clean()
+            torch.cuda.reset_peak_memory_stats()
         built = torch.cuda.memory_allocated()
-        measured = steps(case, step) | {"base": base, "built": built, "at_rest": torch.cuda.memory_allocated()}
+        measured = steps(case, step) | base | {"built": built, "at_rest": torch.cuda.memory_allocated()}
         measured["graphs"] = captured(step)
         record |= {"measured": measured, "notes": list(notes)}
         drop_graphs(step)

@@ -3,7 +3,9 @@
 python scripts/memory_table.py            the table between the marks in docs/memory.md, docs/memory_*.png
 python scripts/memory_table.py --again    with predictions made anew by this version's arithmetic, in the results too
 
-With --again a change of `veneer.plan.constants` shows without a new measurement.
+With --again a change of `veneer.plan.constants` shows without a new measurement. A setting then counts as held to its
+prediction if it took no more than that and the margin by itself, or ran with as much; else it is to be measured again,
+which benchmarks/bench_plan.py --append does.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from statistics import fmean
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
+from bench_plan import AGAIN  # noqa: E402
+
 from veneer.plan import constants  # noqa: E402
 
 PAGE, MARKS = ROOT / "docs/memory.md", ("<!-- measured -->", "<!-- end of measured -->")
@@ -49,7 +53,18 @@ def predict(results: list[dict]) -> None:
         if "measured" in result:
             case = Case(**result["case"] | {"lengths": tuple(result["case"]["lengths"])})
             cuda, known = "allocated" in result["measured"], result.get("rates", rates)
-            result |= predicted(case, Rates(**known) if known else None, cuda, result.get("context"))
+            new = predicted(case, Rates(**known) if known else None, cuda, result.get("context"))
+            result |= {"held": still_held(result, new["need"]["reserved"])} if "held" in result else {}
+            result |= new
+
+
+def still_held(result: dict, reserved: float) -> bool | str:
+    """What `held` is for another prediction of the reserved memory: as it was where that follows, or `AGAIN`."""
+    before = result["need"]["reserved"]
+    if result["measured"]["reserved"] <= reserved * (1 + constants.MARGIN):
+        return True
+    known = before <= reserved if result["held"] is True else reserved <= before
+    return result["held"] if known else AGAIN
 
 
 def errors(results: list[dict], key: str) -> list[float]:
@@ -111,7 +126,7 @@ def section(name: str, record: dict) -> str:
         table(results, record["speed"] or ([] if name == "GPU" else results)),  # several at once share a GPU
     ]
     if held:
-        ran = sum(h is True for h in held)
+        held, ran = [h for h in held if h != AGAIN], sum(h is True for h in held)
         lines.append(
             f"With the allocator held to the prediction and the plan's margin of {constants.MARGIN:.0%}, {ran} of "
             f"{len(held)} settings ran."

@@ -36,8 +36,16 @@ def truth(made):
 
 
 def stacked(made, where):
-    mask = where.mask(list(LENGTHS), RANKS)
-    return ranges.stacked_lora_linear(made["x"], made["weight"], made["bias"], made["A"], made["B"], SCALES, mask)
+    return ranges.stacked_lora_linear(made["x"], made["weight"], made["bias"], stack_of(made, where), where)
+
+
+def stacked_dequantised(made, where):
+    weight = lambda dtype: made["weight"].to(dtype)  # noqa: E731
+    return ranges.stacked_lora_linear(made["x"], weight, made["bias"], stack_of(made, where), where)
+
+
+def stack_of(made, where):
+    return ranges.Stack.of(made["A"], made["B"], SCALES, list(LENGTHS), where, made["x"].dtype)
 
 
 def stacked_function(made, where):
@@ -70,6 +78,7 @@ WAYS = {
     "loop": by("fast"),
     "dequantised": dequantised,
     "stacked": stacked,
+    "stacked dequantised": stacked_dequantised,
     "stacked function": stacked_function,
     "compiled": compiled,
 }

@@ -357,6 +357,30 @@ def test_long_rows_of_a_streamed_base_need_less_than_whole_mlps(planned):
     assert work(8 * constants.LONG) > work(4 * constants.LONG)
 
 
+@pytest.mark.parametrize("dial", ["offload", "mixed"])
+def test_slices_and_small_tensors_of_a_compiled_block_are_not_sent(planned, dial):
+    said, tokens = planned(rows="equal", dtype="bfloat16", rank=16), 1 << 16
+    block = said.blocks[1]
+    lows = {members: each * tokens for each, members in block.lows}
+    assert lows == {3: 3 * 16 * 2 * tokens, 2: 2 * 16 * 2 * tokens, 1: 16 * 2 * tokens}  # q k v; gate up; o or down
+    assert size.low_bytes(block, tokens) == (2 * lows[1] + lows[2] + lows[3], lows[3])  # three are kept in slices
+    stays, sent = size.kept_bytes(block, dial, tokens, True)
+    assert stays == lows[3] and sent > lows[2] + 2 * lows[1]
+    few = 1 << 14
+    assert size.low_bytes(block, few)[1] == (lows[3] + 2 * lows[1]) / 4 < size.low_bytes(block, few)[0]
+
+
+def test_widened_keys_and_values_are_kept_where_all_is(planned):
+    equal, mixed = (planned(rows=rows, dtype="bfloat16").blocks[1] for rows in ("equal", "mixed"))
+    tokens = 1000
+    assert equal.widened(tokens) == 0 and equal.dear(tokens) == pytest.approx(mixed.dear(tokens))
+    keys_and_values = 2 * tokens * SHAPE["hidden_size"] * 2
+    assert mixed.widened(tokens) == pytest.approx(keys_and_values / 2, rel=0.02)  # two heads for each of theirs
+    kept = {dial: size.kept_bytes(mixed, dial, tokens, True)[0] for dial in ("keep", "selective")}
+    norms = constants.NORMS * mixed.inputs(tokens)
+    assert kept["keep"] - kept["selective"] == pytest.approx(mixed.widened(tokens) + norms)
+
+
 def test_rows_of_a_streamed_step_are_not_on_the_device_together(planned):
     said = planned(rows="equal", dtype="bfloat16")
     one, eight = (

@@ -222,6 +222,14 @@ def test_the_twins_of_prompts_are_their_definition(window):
     check_prompt_update(1e-5)
 
 
+@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize("width", [16, 64, 128, 256, 512])
+def test_a_program_of_attention_has_whole_parts_of_a_tile(width, element):
+    """No fewer rows than a product has, and no more than fit: q, keys and values at most 16 KiB each."""
+    rows = served_prompts.program_rows(width, element)
+    assert served_prompts.QUERIES % rows == 0 and (rows == 16 or rows > 16 and rows * width * element <= 16384)
+
+
 INTERPRETED = """
 import torch
 from test_grouped import check_neighbours, check_pieces, check_prompt_update, check_update, served_inputs
@@ -240,6 +248,7 @@ served_prompts.range = bounds
 for window in (None, 9):
     check_pieces(1e-5, window=window)
 check_pieces(2e-3, torch.float16, D=64)
+check_pieces(1e-5, K=1, G=2, D=200)  # of wide heads, a program has some of a tile's rows
 check_prompt_update(1e-5)
 for heads, window, dtype in (((1, 5, 80), 1, "float32"), ((1, 3, 96), 70, "float16"), ((1, 1, 256), 300, "float32")):
     tried = Shapes(linears=((130, (48,)),) if window == 1 else (), heads=heads, windows=(window,))

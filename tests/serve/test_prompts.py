@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -104,3 +106,19 @@ def test_a_prompt_that_is_cancelled_half_read_leaves_no_trace(started, folder, t
 @KINDS
 def test_a_pool_that_grows_and_goes_serves_what_is_asked_for(tokenizer, tmp_path, kind):
     check_growth(tokenizer, tmp_path, tiny_llama, kind)
+
+
+def test_what_was_prepared_for_adapters_is_there_for_the_first(tokenizer, tmp_path):
+    """A server that has answered from the base alone, or rested, makes nothing anew when an adapter is asked for."""
+    write(tmp_path / "a", 1)
+    engine, registry = engine_of(tokenizer, tmp_path, kind=GraphEngine, adapters="a")
+    read(ask(engine, "to be", 2))
+    pool, prepared = engine.runner.pool, dict(engine.runner.steps)
+    version = pool.version
+    read(ask(engine, "to be", 2, [("a", 1.0)]))
+    assert pool.version == version and any(room for *_, room in prepared)
+    assert all(engine.runner.steps[key] is step for key, step in prepared.items())
+    registry.unload("a")
+    while pool.stacks:
+        time.sleep(0.01)
+    engine.shutdown(0)

@@ -2,13 +2,15 @@
 
 One product of all tokens with W, and beside it each adapter's own on its range; autograd functions that save x alone.
 Two ways: a loop over the ranges with in-place products, in which no value of one range can reach another (not even
-NaN); and stacked factors with a mask, few large products for a GPU, exact for finite values.
+NaN); and stacked factors with a mask, few large products for a GPU, exact for finite values. Compiled code gets a `Stack`
+made outside of it, so that neither its size nor what it has to check grows with the number of adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ class Ranges:
     bounds: dict[str, tuple[int, int]]
     number: dict[str, int]
     owner: Tensor
+    _columns: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, lengths: Mapping[str, int], device: torch.device) -> Ranges:
@@ -49,6 +52,43 @@ class Ranges:
         own = [(self.owner == self.number[name]).unsqueeze(1).expand(-1, rank) for name, rank in zip(names, ranks)]
         return torch.cat(own, dim=1)
 
+    def columns(
+        self, names: Sequence[str], ranks: Sequence[int], scaling: Sequence[float], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The number (int64) and the scaling (in `dtype`) of each column's adapter, (Σ ranks) each; made once and kept."""
+        key = *names, *ranks, *scaling, dtype
+        if key not in self._columns:
+            repeats = torch.tensor(ranks)
+            values = torch.tensor([self.number[name] for name in names]), torch.tensor(scaling, dtype=dtype)
+            self._columns[key] = tuple(v.repeat_interleave(repeats).to(self.owner.device) for v in values)
+        return self._columns[key]
+
+
+class Stack(NamedTuple):
+    """The factors of several adapters on one linear side by side, with R = Σ R_n.
+
+    `lora_A` (R, I) and `lora_B` (O, R), which holds s_n·B_n, are in the dtype that the linear computes in; `owner` (R,
+    int64) holds the number (`Ranges.number`) of each rank's adapter.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    owner: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        lora_A: Sequence[Tensor],
+        lora_B: Sequence[Tensor],
+        scaling: Sequence[float],
+        names: Sequence[str],
+        ranges: Ranges,
+        dtype: torch.dtype,
+    ) -> Stack:
+        """In a few kernels whatever their number; autograd hands a stack's gradient on to its adapters as views."""
+        owner, scales = ranges.columns(names, [a.shape[0] for a in lora_A], scaling, lora_B[0].dtype)
+        return cls(torch.cat(list(lora_A)).to(dtype), (torch.cat(list(lora_B), dim=1) * scales).to(dtype), owner)
+
 
 def stack(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float], dtype: torch.dtype):
     """All A as (Σ R_n, I) and all s_n·B_n as (O, Σ R_n), in `dtype`."""
@@ -56,23 +96,18 @@ def stack(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[
     return a, torch.cat([(b if s == 1 else b * s).to(dtype) for b, s in zip(lora_B, scaling)], dim=1)
 
 
-def stacked_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Sequence[Tensor],
-    lora_B: Sequence[Tensor],
-    scaling: Sequence[float],
-    mask: Tensor,
-) -> Tensor:
-    """y = x Wᵀ + bias + (mask ∘ x Aᵀ)(s B)ᵀ with all adapters' factors stacked: plain code, for the compiler."""
-    a, b = stack(lora_A, lora_B, scaling, x.dtype)
-    low = F.linear(x, a)
+def stacked_lora_linear(x: Tensor, weight: Weight, bias: Tensor | None, factors: Stack, ranges: Ranges) -> Tensor:
+    """y = x Wᵀ + bias + (mask ∘ x Aᵀ)(s B)ᵀ: a token has the ranks of its own adapter. For compiled code."""
+    a, b, owner = factors
+    mask = ranges.owner.unsqueeze(1) == owner
+    if not isinstance(weight, Tensor):  # the dense weight must not be kept for the backward pass
+        return StackedLora.apply(x, weight, bias, mask, (1,), a, b)
+    low = F.linear(x, a)  # plain: the compiler fuses it better, and picks what to keep
     return F.linear(x, weight, bias) + F.linear(torch.where(mask, low, torch.zeros_like(low)), b)
 
 
 class StackedLora(torch.autograd.Function):
-    """`stacked_lora_linear` without a temporary of the output's size, keeping x and not x Aᵀ."""
+    """The stacked products without a temporary of the output's size, keeping x and not x Aᵀ."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mask, scaling, *factors):
@@ -165,12 +200,9 @@ def ranged_lora_linear(
     ranges: Ranges,
 ) -> Tensor:
     """Fast path of `veneer.kernels.reference.ranged_lora_linear`; the weight gets no gradient."""
-    compiling = torch.compiler.is_compiling()
     factors = [f for pair in zip(lora_A, lora_B) for f in pair]
-    if compiling or x.is_cuda:
+    if torch.compiler.is_compiling() or x.is_cuda:
         mask = ranges.mask(names, [a.shape[0] for a in lora_A])
-        if compiling and isinstance(weight, Tensor):  # the compiler fuses plain code better, and picks what to keep
-            return stacked_lora_linear(x, weight, bias, lora_A, lora_B, scaling, mask)
         return StackedLora.apply(x, weight, bias, mask, tuple(scaling), *factors)
     bounds = tuple(ranges.bounds[name] for name in names)
     return RangedLora.apply(x, weight, bias, bounds, tuple(scaling), *factors)

@@ -20,9 +20,10 @@ QUERIES = 64
 
 @_jit
 def _attend_pieces(q, keys, values, tiles, y, scale, window, C, H, G, D, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip # noqa: E501
-    head, tile = tl.program_id(0), tl.program_id(1)
-    slot, row = tl.load(tiles + tile * 4).to(tl.int64), tl.load(tiles + tile * 4 + 1).to(tl.int64)
-    first, count = tl.load(tiles + tile * 4 + 2).to(tl.int32), tl.load(tiles + tile * 4 + 3).to(tl.int32)
+    head, tile, skip = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BM  # a tile's rows, BM a program
+    slot, row = tl.load(tiles + tile * 4).to(tl.int64), tl.load(tiles + tile * 4 + 1).to(tl.int64) + skip
+    first = tl.load(tiles + tile * 4 + 2).to(tl.int32) + skip
+    count = tl.minimum(tl.load(tiles + tile * 4 + 3).to(tl.int32) - skip, BM)
     if count > 0:
         m, d = tl.arange(0, BM), tl.arange(0, BD)
         at = ((row + m[:, None]) * H + head) * D + d[None, :]
@@ -79,6 +80,15 @@ def use_tiles(runs: Sequence[tuple[int, int, Sequence[int]]], uses: int, count: 
     return tiles
 
 
+def program_rows(width: int, element: int) -> int:
+    """Rows and keys that a program of attention takes at a time, with heads of `width` numbers of `element` bytes.
+
+    Four warps, for a Hopper warp group's product has 64 rows: with eight, triton 3.6 has the second group read rows
+    that the tile does not have. Below 64 rows the products are those of single warps, which wide heads leave room for.
+    """
+    return min(QUERIES, max(16, 16384 // (width * element)))
+
+
 def attend_pieces(
     q: Tensor, keys: Tensor, values: Tensor, tiles: Tensor, scale: float, window: int | None = None
 ) -> Tensor:
@@ -90,10 +100,10 @@ def attend_pieces(
         return attend_pieces_twin(q, keys, values, tiles, scale, window)
     (_, H, D), (_, K, C, _) = q.shape, keys.shape
     out, BD = torch.zeros_like(q), max(16, _power(D))
-    BN = min(64, max(16, 16384 // (BD * q.element_size())))
-    _attend_pieces[(H, tiles.shape[0])](
-        q, keys, values, tiles, out, scale, C if window is None else window, C, H, H // K, D, QUERIES, BN, BD,
-        num_warps=4 if BD <= 128 else 8, num_stages=2 if q.element_size() == 2 else 1,
+    size = program_rows(BD, q.element_size())
+    _attend_pieces[(H, tiles.shape[0], QUERIES // size)](
+        q, keys, values, tiles, out, scale, C if window is None else window, C, H, H // K, D, size, size, BD,
+        num_warps=4, num_stages=2 if q.element_size() == 2 else 1,
     )  # fmt: skip
     return out
 

@@ -255,46 +255,66 @@ def streamed_chunk_bytes(hidden: int, vocabulary: int, tokens: int, each: int) -
 
 def kept_bytes(block: Block, mode: str, tokens: int, compiled: bool) -> tuple[float, float]:
     """What a block keeps for its backward pass after its forward pass, in bytes: on the device, and in host memory."""
+    low, stays = 0.0, 0.0
     if mode.startswith("recompute"):
         kept = block.inputs(tokens)
-    elif compiled and mode == "mixed":
-        kept = block.inputs(tokens) + constants.KEPT_MIXED * block.widest * tokens
     elif compiled:
-        kept = block.dear(tokens) * constants.KEPT[mode]
-        kept += constants.NORMS * block.inputs(tokens) if mode == "keep" else 0.0
+        low, stays = low_bytes(block, tokens)
+        kept = block.inputs(tokens) + constants.KEPT_MIXED * block.widest * tokens
+        if mode != "mixed":
+            kept = block.dear(tokens)
+        kept += constants.NORMS * block.inputs(tokens) + block.widened(tokens) if mode == "keep" else 0.0
     else:
         kept = block.kept(tokens)
     if mode not in SENT:
-        return kept, 0.0
+        return kept + low, 0.0
     if mode == "recompute-offload" or compiled:
-        return (kept, 0.0) if block.inputs(tokens) < constants.SMALL else (0.0, kept)
+        sent = 0.0 if block.inputs(tokens) < constants.SMALL else kept + low - stays
+        return kept + low - sent, sent
     sizes = [each * tokens for each in block.parcels]
     sent = sum(size for size in sizes if size >= constants.SMALL)
     return kept * (1 - sent / max(1.0, sum(sizes))), sent
 
 
+def kind(mode: str) -> str:
+    """Which of the constants by mode holds for a block: whether its products are kept, computed again, or some of each."""
+    return mode if mode == "mixed" else "recompute" if mode.startswith("recompute") else "keep"
+
+
+def low_bytes(block: Block, tokens: int) -> tuple[float, float]:
+    """x Aᵀ of a compiled block's packed groups, and what of it is not sent to the host: small ones, and those of more
+    than two linears, of which a slice for each is kept (`kernels.group`)."""
+    sizes = [(each * tokens, members > constants.JOINED) for each, members in block.lows]
+    return sum(n for n, _ in sizes), sum(n for n, sliced in sizes if sliced or n < constants.SMALL)
+
+
+def copy_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
+    """The float copies of quantised weights that a block makes of one matrix, or of packed ones, at its peak."""
+    if not unpacks_rows(setting):
+        return 0.0
+    sizes, times = (block.groups, constants.UNPACKS[kind(mode)]) if packs(setting) else (block.linears, 1.0)
+    return times * max((unpacked(n, setting.quant, each) for n in sizes), default=0.0)
+
+
 def work_bytes(block: Block, mode: str, setting: Setting, each: int) -> float:
     """The most that a block needs while it runs, over what was there before it: all that it keeps, temporaries, the
     gradient of its output, and the float copy of a quantised weight."""
-    tokens = setting.micro_tokens
+    tokens, copy = setting.micro_tokens, copy_bytes(block, mode, setting, each)
     if chunked(setting, mode):
         most = constants.LONG_WORK * (1 - block.wide_share) * block.kept(tokens) + 2 * block.inputs(tokens)
-        most = max(most, block.forward_peak(constants.CHUNK))
-    elif setting.compile:
-        most = block.dear(tokens) + (constants.NORMS * block.inputs(tokens) if mode == "keep" else 0.0)
-        most += constants.WORK_WIDE[mode] * block.widest * tokens + constants.WORK_INPUTS * block.inputs(tokens)
-    else:
-        most = max(block.backward_peak(tokens), block.forward_peak(tokens))
-        if mode.startswith("recompute"):
-            most = max(most, block.forward_peak(tokens) + block.inputs(tokens))
-        if mode in SENT[1:]:  # what several operations save comes back as often
-            kept, sent = kept_bytes(block, mode, tokens, False)
-            most += max(0.0, sent + kept - block.kept(tokens))
-        most += constants.EAGER_WORK * block.kept(tokens)
-    if not unpacks_rows(setting):
-        return most
-    sizes, times = (block.groups, constants.UNPACKS[mode]) if packs(setting) else (block.linears, 1.0)
-    return most + times * max((unpacked(n, setting.quant, each) for n in sizes), default=0.0)
+        return max(most, block.forward_peak(constants.CHUNK)) + copy
+    if setting.compile:
+        most = block.dear(tokens) + block.widened(tokens) + low_bytes(block, tokens)[0]
+        most += constants.NORMS * block.inputs(tokens) if mode == "keep" else 0.0
+        most += constants.WORK_WIDE[kind(mode)] * block.widest * tokens
+        return most + constants.WORK_INPUTS * block.inputs(tokens) + copy
+    most = max(block.backward_peak(tokens), block.forward_peak(tokens), block.kept(tokens) + copy)
+    if mode.startswith("recompute"):
+        most = max(most, block.forward_peak(tokens) + block.inputs(tokens))
+    if mode in SENT[1:]:  # what several operations save comes back as often
+        kept, sent = kept_bytes(block, mode, tokens, False)
+        most += max(0.0, sent + kept - block.kept(tokens))
+    return most + constants.EAGER_WORK * block.kept(tokens)
 
 
 def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: float | None = None) -> Need:
@@ -313,7 +333,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
             known[key] = *kept_bytes(block, mode, tokens, setting.compile), work
         kept, sent, work = known[key]
         behind = constants.AHEAD - 1 if mode in SENT else constants.AHEAD  # a block that sends nothing waits for none
-        travelling = sum(last[-behind:]) + (constants.IN_FLIGHT * sent if cuda and not setting.compile else 0.0)
+        travelling = sum(last[-behind:])
         peaks.append((here + travelling, work, 0.0, "a block's backward pass"))
         here, away = here + kept * rows, away + sent * rows
         here += 0.0 if cuda else sent * rows  # the host's memory is the device's, and holds both copies
@@ -342,8 +362,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         "workspace": constants.WORKSPACE * (2 if setting.graphs else 1) if cuda else 0.0,
     }
     own = kept + work + head
-    slack = constants.RESERVED_FIXED + constants.RESERVED * own
-    slack += constants.RESERVED_SENT * max(last, default=0.0)
+    slack = constants.RESERVED_FIXED + constants.RESERVED * own + constants.RESERVED_WORK * (work + head)
     if not cuda:
         slack = constants.HOST_SLACK * sum(value for key, value in parts.items() if key not in ("base", "adapter"))
     besides = context if context is not None else constants.CONTEXT if cuda else constants.HOST_BASELINE
@@ -355,5 +374,5 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     if not cuda:
         parts["base"] += resident + table
     host = constants.HOST_RUN + away * constants.PINNED + paged + resident + table if cuda else 0.0
-    pool = constants.POOL * own if setting.graphs and cuda else 0.0
+    pool = constants.POOL * own + constants.POOL_WORK * work if setting.graphs and cuda else 0.0
     return Need(**parts, pool=pool, slack=slack, context=besides, host=host, at=at)

@@ -11,28 +11,27 @@ WORKSPACE = 64 * MIB
 and for autograd's, and as much again for the stream on which CUDA graphs are captured."""
 RESERVED = 0.01
 """The allocator's reserve over what comes and goes (activations, logits)."""
-RESERVED_SENT = 0.5
-"""The same over what a block sends to the host, where that is: its memory is free only when the copy is done."""
-RESERVED_FIXED = 64 * MIB
+RESERVED_WORK = 0.146
+"""The same besides over what a block's turn or the loss makes, whose tensors differ in size from one to the next: 0.08 to
+0.2 of 48 settings on an H200."""
+RESERVED_FIXED = 12 * MIB
 """The allocator's reserve at least: what is left of its segments of 20 MiB."""
-POOL = 1.0
-"""What CUDA graphs keep to themselves over what a row takes."""
-EAGER_WORK = 0.08
-"""An uncompiled block's temporaries on a GPU that no count shows (workspaces of kernels), over what it keeps: 0.06 to 0.11
-of three streamed bases at 8,192 tokens."""
-KEPT = {"keep": 1.0, "selective": 1.0, "offload": 1.0}
-"""What a compiled block keeps on a setting of the dial over what is dear to compute again."""
-KEPT_MIXED = 1.0
-"""What it keeps at `mixed` besides its input, in tensors as wide as its widest: the gate's product."""
+POOL = 1.03
+POOL_WORK = 0.027
+"""What CUDA graphs keep to themselves over what a row takes, and besides over what a block's turn makes."""
+EAGER_WORK = 0.101
+"""An uncompiled block's temporaries on a GPU that no count shows (workspaces of kernels), over what it keeps."""
+KEPT_MIXED = 1.1
+"""What a compiled block keeps at `mixed` besides its input, in tensors as wide as its widest: the gate's product."""
 NORMS = 2.0
 """Times a block's input that a compiled block keeps besides at `keep`: what its norms give."""
-WORK_WIDE = {"keep": 3.5, "selective": 3.5, "offload": 3.5, "mixed": 3.0, "recompute": 3.5, "recompute-offload": 3.5}
-WORK_INPUTS = 4.0
+WORK_WIDE = {"keep": 2.503, "mixed": 3.0, "recompute": 2.922}
+WORK_INPUTS = 3.422
 """A compiled block's temporaries in its backward pass, in tensors as wide as its widest and as its input: the MLP's
 products and their gradients (8B on an H200: 0.94 and 0.27 GB of a peak's 1.2 GB at 8,192 tokens)."""
-UNPACKS = {"keep": 1.0, "selective": 1.0, "offload": 1.0, "mixed": 0.5, "recompute": 1.5, "recompute-offload": 2.0}
+UNPACKS = {"keep": 0.25, "mixed": 1.062, "recompute": 1.828}
 """Packed matrices that a compiled block makes of 4-bit ones at once at its peak, in the largest (8B NF4 on an H200)."""
-HEAD_INPUTS = 2.0
+HEAD_INPUTS = 1.172
 """Tensors of the size of the hidden states that are there with the loss's logits besides those that are counted."""
 FUSED = 0.3
 """Bytes that compiled element-wise operations move over eager ones'."""
@@ -50,7 +49,8 @@ HOST_SHARES = (0.5, 0.4)
 benchmarks/results/plan_cpu.json; on its other two shapes the error of tokens/s is then 12 %."""
 MOVE_SHARE = 0.85
 """Bandwidth of element-wise operations over that of one large copy."""
-ATTENTION_SHARE, ATTENTION_BACKWARD = 0.8, 2.5
+ATTENTION_SHARE = 0.8
+ATTENTION_BACKWARD = 2.5
 """Rate of fused attention over that of one large product; its backward pass has five products for two."""
 UNPACK_SHARE = 0.6
 """Bandwidth of bitsandbytes' dequantisation over that of one large copy."""
@@ -67,8 +67,8 @@ GPU_CHUNK_ROWS = 512
 """The same in positions, at least: `kernels.cross_entropy.FEWEST_ROWS`."""
 AHEAD = 2
 """Blocks whose offloaded tensors are on the device at once: `training.store.Host`."""
-IN_FLIGHT = 0.2
-"""What offloading holds on the device besides the block at work and the one before it, in blocks' offloaded tensors."""
+JOINED = 2
+"""Linears of a packed group of whose x Aᵀ a compiled block keeps one tensor: `kernels.group.JOINED`."""
 SMALL = MIB
 """Tensors below this many bytes are not offloaded: `training.store.SMALL`."""
 LONG, CHUNK = 16384, 4096

@@ -54,11 +54,13 @@ class Block:
     """One repeated block. Bytes by tokens of a row, over what was there before the block:
 
     `inputs` its hidden states, `kept` what eager autograd keeps of it, `dear` what of that is dear to compute again,
+    `widened` what attention's widened keys and values have besides,
     `forward_peak` and `backward_peak` the most while it runs with all kept. `parcels` are a token's bytes of each tensor
     that eager autograd saves, as often as it does.
     `linears` are the sizes of its frozen matrices that quantisation takes, `other` the rest of its weights in numbers;
     `beside` is what packing adds to them in numbers, and `groups` the sizes of the packed matrices that come of linears
-    of one input (`training.packing`). `heads` is heads times head width of the queries, `window` the tokens that
+    of one input (`training.packing`); `lows` are a token's bytes of x Aᵀ of each such group, with how many linears it has.
+    `heads` is heads times head width of the queries, `window` the tokens that
     attention looks back (None: all).
     """
 
@@ -76,6 +78,8 @@ class Block:
     window: int | None
     beside: int = 0
     groups: tuple[int, ...] = ()
+    lows: tuple[tuple[int, int], ...] = ()
+    widened: Line = Line(0.0, 0.0)
 
     @property
     def widest(self) -> float:
@@ -224,7 +228,7 @@ def _ops(traces: list[Trace], *phases: str) -> tuple[Op, ...]:
 
 
 def _block(at: int, index: int, traces: list[Trace], linears: tuple[int, ...], other: int, block: nn.Module) -> Block:
-    beside, groups = _packed(block, traces[0].groups[at])
+    beside, groups, lows = _packed(block, traces[0].groups[at])
     forward, backward = f"forward.{index}", f"backward.{index}"
 
     def kept(t: Trace) -> float:
@@ -246,19 +250,22 @@ def _block(at: int, index: int, traces: list[Trace], linears: tuple[int, ...], o
         window=_window(block),
         beside=beside,
         groups=groups,
+        lows=lows,
+        widened=_line(traces, lambda t: t.widened[at]),
     )
 
 
-def _packed(block: nn.Module, groups: list[list[str]]) -> tuple[int, tuple[int, ...]]:
-    """What the matrices of `kernels.group` have besides the weights, and how large each is, in numbers."""
-    beside, sizes = 0, []
+def _packed(block: nn.Module, groups: list[list[str]]) -> tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """What the matrices of `kernels.group` have besides the weights, how large each is, in numbers, and `Block.lows`."""
+    beside, sizes, lows = 0, [], []
     for names in groups:
         layers = [block.get_submodule(name) for name in names]
         rows, ranks = sum(layer.d_out for layer in layers), sum(layer.rank["default"] for layer in layers)
         width = layers[0].d_in
         sizes.append((rows + ranks) * (width + ranks))
         beside += sizes[-1] - rows * width
-    return beside, tuple(sizes)
+        lows.append((ranks * layers[0].place()[1].itemsize, len(layers)))
+    return beside, tuple(sizes), tuple(lows)
 
 
 def _ends(traces: list[Trace]) -> dict[str, Any]:

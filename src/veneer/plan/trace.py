@@ -37,7 +37,7 @@ IN_PLACE = {"addmm_": torch.ops.aten.addmm}
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "_grouped_mm"}
 
 
-ABOUT = ("dear", "parcels", "inputs", "heads", "groups")
+ABOUT = ("dear", "widened", "parcels", "inputs", "heads", "groups")
 
 
 @dataclass
@@ -58,13 +58,15 @@ class Trace:
     By block: `inputs`, the bytes of its hidden states; `parcels`, the bytes of each tensor that autograd saves, as often
     as it does (what several operations save is sent to the host once for each); `dear`, the bytes of what is kept and is
     dear to compute again: outputs of products, what attention keeps, and of a norm's float32 copy the tensor that it was
-    made of; `heads`, queries' heads times their width; `groups`, the adapted linears that have one input.
+    made of; `widened`, what keys and values have besides where attention has them widened to all heads; `heads`,
+    queries' heads times their width; `groups`, the adapted linears that have one input.
     """
 
     tokens: int
     index: list[int]
     phases: dict[str, Phase]
     dear: list[int]
+    widened: list[int]
     parcels: list[list[int]]
     inputs: list[int]
     heads: list[int]
@@ -119,7 +121,7 @@ class Tally(TorchDispatchMode):
         if storage in self.known:
             return
         size = -(-storage.nbytes() // GRAIN) * GRAIN
-        self.known[storage] = [size, tensor.dtype, False]
+        self.known[storage] = [size, tensor.dtype, 0]
         self.live += size
         self.phase.peak = max(self.phase.peak, self.live)
         weakref.finalize(storage, self.drop, size)
@@ -127,10 +129,10 @@ class Tally(TorchDispatchMode):
     def drop(self, size: int) -> None:
         self.live -= size
 
-    def mark(self, tensor: Tensor) -> None:
-        """This tensor is dear to compute again."""
+    def mark(self, tensor: Tensor, copies: int = 1) -> None:
+        """This tensor, or the one that it holds so many copies of, is dear to compute again."""
         if (found := self.known.get(tensor.untyped_storage())) is not None:
-            found[2] = True
+            found[2] = copies
 
     def storages(self) -> dict[int, list]:
         return {id(storage): about for storage, about in self.known.items()}
@@ -162,11 +164,12 @@ def _stand_in(model: nn.Module, tally: Tally, rows: Rows) -> Iterator[None]:
     def attention(module, query, key, value, attention_mask, **extra):
         groups = query.shape[1] // key.shape[1]
         tally.heads = query.shape[1] * query.shape[3]
-        if groups > 1 and rows != "equal":
+        copies = groups if rows != "equal" else 1
+        if copies > 1:
             key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
         out = _Attention.apply(query, key, value)
-        for t in (query, key, value, out):
-            tally.mark(t)
+        for t, count in ((query, 1), (key, copies), (value, copies), (out, 1)):
+            tally.mark(t, count)
         return (torch.cat([out], dim=2) if rows == "split" else out).transpose(1, 2), None
 
     AttentionInterface.register(ATTENTION, attention)
@@ -283,7 +286,8 @@ def _watched(block: nn.Module, index: int, tally: Tally, about: dict[str, list])
         mine = [found for key, found in tally.storages().items() if key not in before]
         about["tuple"] = not isinstance(out, Tensor)
         about["inputs"].append(hidden.numel() * hidden.element_size())
-        about["dear"].append(sum(_dear(size, dtype, heavy, tally.dtype) for size, dtype, heavy in mine))
+        about["dear"].append(sum(_dear(size, dtype, copies, tally.dtype) for size, dtype, copies in mine))
+        about["widened"].append(sum(size - size // copies for size, _, copies in mine if copies > 1))
         groups: dict[int, list[str]] = {}
         for name, number in calls:
             groups.setdefault(number, []).append(name)
@@ -296,8 +300,8 @@ def _watched(block: nn.Module, index: int, tally: Tally, about: dict[str, list])
     return call
 
 
-def _dear(size: int, dtype: torch.dtype, heavy: bool, own: torch.dtype) -> int:
-    if heavy:
-        return size
+def _dear(size: int, dtype: torch.dtype, copies: int, own: torch.dtype) -> int:
+    if copies:
+        return size // copies
     wide = dtype.is_floating_point and dtype.itemsize > own.itemsize
     return size * own.itemsize // dtype.itemsize if wide else 0

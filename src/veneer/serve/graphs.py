@@ -13,7 +13,7 @@ from torch import Tensor
 from veneer.serve.registry import Registry
 from veneer.serve.routing import Uses
 from veneer.serve.runner import Piece, Runner
-from veneer.serve.static import StaticPieces, StaticRows, beside
+from veneer.serve.static import StaticPieces, StaticRows
 
 STACKED = (0, 1, 2, 4, 8)
 """How many adapters of a row a graph has room for."""
@@ -125,7 +125,6 @@ class GraphRunner(Runner):
     def _capture(self, step: Step) -> None:
         """With the same two streams for all graphs: cuBLAS keeps a workspace for each stream that it was ever used on."""
         here = torch.cuda.current_stream(self.device)
-        beside(self.device)  # made first, so that it is none of the two: streams come round again after 32
         self._streams = self._streams or (torch.cuda.Stream(self.device), torch.cuda.Stream(self.device))
         side, capturing = self._streams
         with torch.cuda.stream(here):  # which a capture that fails would leave another

@@ -80,10 +80,11 @@ class Pool:
         self.places[place].used = monotonic()
 
     def drop_dead(self) -> None:
-        """Free the places of contents that were unloaded or replaced."""
-        for content in self.registry.dead():
+        """Free the places of contents that were unloaded or replaced; with the last of them, all memory."""
+        dead = self.registry.dead()
+        for content in dead:
             self._clear(next(n for n, p in enumerate(self.places) if p.content is content))
-        if self.stacks and not any(p.content for p in self.places):
+        if dead and self.stacks and not any(p.content for p in self.places):
             self.stacks, self.rank, self.targets = {}, 0, frozenset()  # nothing is served from it: give it all back
             self.version += 1
 

@@ -179,7 +179,7 @@ class GroupState:
 
     def _outputs(self, x: Tensor, plan: Plan, stack: Stack) -> list[Tensor]:
         rows = x.reshape(-1, x.shape[-1]).to(stack.A.dtype)
-        hidden = plan.shrink(rows, stack)  # first: it may run beside the base, and reads `rows` until `expand`
+        hidden = plan.shrink(rows, stack)
         flat = [y.reshape(-1, y.shape[-1]) for y in (layer(x) for layer in self.layers)]
         plan.expand(hidden, stack, flat)
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in flat]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,15 +17,6 @@ from veneer.kernels import served, served_prompts
 from veneer.serve.cache import SlotCache
 from veneer.serve.pool import Stack
 from veneer.serve.routing import Uses
-
-OVERLAP = True
-"""Whether shrinks run beside the base's products, which leave a small kernel room: they need the same input alone."""
-
-
-@lru_cache
-def beside(device: torch.device) -> torch.cuda.Stream:
-    """The stream for what runs beside the base, one for all graphs."""
-    return torch.cuda.Stream(device)
 
 
 @dataclass
@@ -37,18 +27,11 @@ class Tiles:
     weights: Tensor
 
     def shrink(self, x: Tensor, stack: Stack) -> Tensor:
-        """(splits, U, B, n·R) float32; on a GPU beside what comes next, up to `expand`."""
-        if not (OVERLAP and x.is_cuda):
-            return served.shrink(x.contiguous(), stack.A, self.tiles)
-        side = beside(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(side):
-            return served.shrink(x.contiguous(), stack.A, self.tiles)
+        """(splits, U, B, n·R) float32."""
+        return served.shrink(x.contiguous(), stack.A, self.tiles)
 
     def expand(self, hidden: Tensor, stack: Stack, ys: Sequence[Tensor]) -> None:
         """Each y += its update, in place."""
-        if OVERLAP and hidden.is_cuda:  # both streams wait for each other in turn: neither's memory is reused too soon
-            torch.cuda.current_stream(hidden.device).wait_stream(beside(hidden.device))
         served.expand(hidden, stack.B, self.tiles, self.weights, ys)
 
 

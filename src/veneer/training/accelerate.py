@@ -21,6 +21,7 @@ from veneer.kernels.compiling import compile_or_plain
 from veneer.kernels.devices import indexed
 from veneer.training.chunks import Chunked
 from veneer.training.packing import Packing, watch
+from veneer.training.stacking import stacking
 from veneer.training.store import SENT, Mode, Store, recomputing
 
 KEEP: dict[Mode, float] = {
@@ -104,7 +105,8 @@ class Accelerated:
             call = compile_or_plain(forward, otherwise=call, **options)
         if self.long and KEEP[mode] == 0:
             call = self._by_length(call, recomputing(self.chunked.block(block, forward), self.random))
-        return self.store.offloading(call) if mode in SENT else call
+        call = self.store.offloading(call) if mode in SENT else call
+        return stacking(block, call) if self.compile else call
 
     def _by_length(self, short: Callable, long: Callable) -> Callable:
         """`long` for rows of more than `self.long` tokens; it is not compiled: launching kernels is not what takes time."""

@@ -242,7 +242,7 @@ class Pool:
         self.fast = Accelerated(
             self.model, modes=options.checkpointing, keep=options.keep_blocks, compile=compiled, note=self.note
         )
-        if compiled:  # each set of ranks is code of its own, and above the limit blocks would run uncompiled
+        if compiled:  # each set of targets is code of its own, and above the limit blocks would run uncompiled
             self._stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
         self._stack.enter_context(self.rows.attention())
         self._stack.enter_context(self.fast)

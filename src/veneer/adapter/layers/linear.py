@@ -24,7 +24,7 @@ from veneer.adapter.layers.base import AdaptedModule, Options, Routing, clone_mo
 from veneer.errors import AdapterStateError
 from veneer.kernels import dispatch, reference
 from veneer.kernels.quantised import Dequantise
-from veneer.kernels.ranges import Ranges, Weight
+from veneer.kernels.ranges import Ranges, Stack, Weight, stacked_lora_linear
 
 
 class AdaptedLinear(AdaptedModule):
@@ -41,6 +41,8 @@ class AdaptedLinear(AdaptedModule):
         quantised.keep_layout(base_layer)
         self.packed: Any = None
         """What computes this layer in compiled code while it is packed with its neighbours; see training/packing.py."""
+        self.stacked: Stack | None = None
+        """The factors of all adapters that have tokens of one row, for compiled code; see training/stacking.py."""
 
     @property
     def d_in(self) -> int:
@@ -146,23 +148,39 @@ class AdaptedLinear(AdaptedModule):
                 out = out.index_add(0, mine, self._update(name, x[mine], y[mine]).to(out.dtype))
         return out
 
+    def stack(self, ranges: Ranges) -> Stack | None:
+        """The factors of the adapters that share a row, for `stacked`; None where they cannot be stacked."""
+        names = [name for name in ranges.number if name in self.lora_A]
+        if not names or self._own_weight() is None or not all(self._groupable(name) for name in names):
+            return None
+        factors, scaling = zip(*(self.factors(name) for name in names)), [self.scaling[name] for name in names]
+        return Stack.of(*factors, scaling, names, ranges, self.place()[1])
+
+    def _own_weight(self) -> Weight | None:
+        """The frozen weight, or what dequantises it; None for a layer that gives neither."""
+        weight: Weight | None = plain_weight(self.base_layer)
+        if weight is None and is_quantised(self.base_layer):
+            weight = quantised.dequantiser(self.base_layer)
+        return weight
+
     def _ranged(self, x: Tensor, ranges: Ranges) -> Tensor:
+        if self.stacked is not None and torch.compiler.is_compiling():
+            self._check_tokens(x, -2)
+            x = x.to(self.stacked.lora_A.dtype)
+            return stacked_lora_linear(x, self._own_weight(), self._bias_in(x.dtype), self.stacked, ranges)
         names = [name for name in ranges.number if name in self.lora_A]
         if not names:
             return self.base_layer(x)
         self._check_tokens(x, -2)
-        if all(self._groupable(name) for name in names):
-            weight: Weight | None = plain_weight(self.base_layer)
-            if weight is None and is_quantised(self.base_layer):
-                weight = quantised.dequantiser(self.base_layer)
-            if weight is not None:
-                x = x.to(weight.dtype) if isinstance(weight, Tensor) else x
-                bias = None if self.base_layer.bias is None else self.base_layer.bias.to(x.dtype)
-                factors = zip(*(self.factors(n) for n in names))
-                return dispatch.ranged_lora_linear(
-                    x, weight, bias, *factors, [self.scaling[n] for n in names], names, ranges
-                )
+        weight = self._own_weight()
+        if weight is not None and all(self._groupable(name) for name in names):
+            x = x.to(weight.dtype) if isinstance(weight, Tensor) else x
+            factors, scaling = zip(*(self.factors(n) for n in names)), [self.scaling[n] for n in names]
+            return dispatch.ranged_lora_linear(x, weight, self._bias_in(x.dtype), *factors, scaling, names, ranges)
         return self._by_range(x, self.base_layer(x), self._update, -2)
+
+    def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.base_layer.bias is None else self.base_layer.bias.to(dtype)
 
     def _groupable(self, name: str) -> bool:
         special = self._is_dora(name) or name in self.lora_bias or name in self.routing.tokens
