@@ -33,6 +33,8 @@ from typing import Any
 from plan_cases import Case, cpu_cases, gigabytes, gpu_cases, smoke_cases, speed_cases
 from plan_measure import serve
 
+from veneer.files import write_text
+
 TOGETHER = 138.0
 """GB that the settings on one device may take at once."""
 ALONE_SECONDS = 4.0
@@ -288,7 +290,7 @@ def main() -> None:
         record[part].append(result)
         print(line_of(result), flush=True)
         if options.out:
-            written(options.out, json.dumps(record, indent=1) + "\n")
+            write_text(options.out, json.dumps(record, indent=1) + "\n")
 
     began = time.time()
     run([case for case in cases if case not in done], options, keep)
@@ -301,13 +303,6 @@ def sound(result: dict) -> bool:
     if "measured" not in result or "notes" not in result or result.get("held") == AGAIN:
         return False
     return result["case"]["stream"] == "off" or "base" not in result["measured"]
-
-
-def written(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
 
 
 def machine(device: str) -> dict:

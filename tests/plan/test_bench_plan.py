@@ -45,7 +45,7 @@ def test_what_is_measured_again(modules):
 def test_a_file_is_written_whole(modules, tmp_path):
     bench, _ = modules
     for text in ("one", "two"):
-        bench.written(tmp_path / "out.json", text)
+        bench.write_text(tmp_path / "out.json", text)
         assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("out.json", text)]
 
 

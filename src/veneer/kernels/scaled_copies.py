@@ -26,9 +26,7 @@ class ScaledCopies:
     def run(self, sources: Sequence[Tensor], targets: Sequence[Tensor], factors: Sequence[float]) -> None:
         """As `copy_plain`. On a GPU the sources must be contiguous and the targets' last stride 1."""
         key = (*[s.data_ptr() for s in sources], *[t.data_ptr() for t in targets], *factors)
-        if (
-            key != self._key or not sources[0].is_cuda
-        ):  # the device waits for this: what is known is not looked up again
+        if key != self._key:  # the device waits for this: what is known is not looked up again
             same = len({(s.dtype, t.dtype) for s, t in zip(sources, targets)}) == 1
             fits = all(s.is_contiguous() and t.stride(-1) == 1 for s, t in zip(sources, targets))
             self._key = None

@@ -28,7 +28,6 @@ class FlatOptimizer:
         self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, embeddings: Collection[str] = ()
     ) -> None:
         plain = make_optimizer(parameters, config, embeddings)
-        self.members: list[tuple[nn.Parameter, Tensor]] = []
         self.sums: list[Sums] = []
         groups = []
         for group in plain.param_groups:
@@ -47,7 +46,6 @@ class FlatOptimizer:
         for p, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes)):
             p.data, p.grad = data.view_as(p), grad.view_as(p)
         views = [p.grad for p in parameters]
-        self.members += zip(parameters, views)
         self.sums.append(Sums(parameters, views))
         weakref.finalize(self, self.sums[-1].hook()).atexit = False  # the parameters may live on without this
         return flat
@@ -56,6 +54,11 @@ class FlatOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         """The flat groups, for the learning rate."""
         return self.inner.param_groups
+
+    @property
+    def members(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with the view that is its gradient."""
+        return [pair for sums in self.sums for pair in zip(sums.parameters, sums.sums)]
 
     @property
     def buffers(self) -> list[nn.Parameter]:
