@@ -4,11 +4,11 @@
     python benchmarks/bench_serve_gpu.py --layers 2 --width 256 --vocabulary 512 --slots 8 --counts 1,4,12 --prompt 16 \
         --new 8 --context 64                                                     # small, on the CPU
 
-Llama-3.1-8B's shapes with random weights in bfloat16, adapters of rank 16 on all seven projections, as many requests at
-once as there are slots, each with its own prompt, greedy; adapters are dealt to requests in turn. Every figure is beside
-the same engine without adapters. `prompt_tokens_per_s` is of prompts alone, all slots at once; `bound` is the share of
-base-only throughput that is left if a step is nothing but reading weights, keys and values, and each adapter in use
-once.
+Llama-3.1-8B's shapes with random weights in bfloat16, adapters of rank 16 on `--targets` (absent: all seven
+projections), as many requests at once as there are slots, each with its own prompt, greedy; adapters are dealt to
+requests in turn. Every figure is beside the same engine without adapters. `prompt_tokens_per_s` is of prompts alone, all
+slots at once; `bound` is the share of base-only throughput that is left if a step is nothing but reading weights, keys
+and values, and each adapter in use once.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
 
 
-def write_adapter(folder: Path, model: torch.nn.Module, rank: int) -> Path:
+def write_adapter(folder: Path, model: torch.nn.Module, rank: int, targets: list[str]) -> Path:
     tensors, generator = {}, torch.Generator().manual_seed(0)
     for layer in range(model.config.num_hidden_layers):
-        for name in LINEARS:
+        for name in targets:
             path = f"model.layers.{layer}.{name}"
             d_out, d_in = model.get_submodule(path).weight.shape
             key = f"base_model.model.{path}"
@@ -74,7 +74,7 @@ def write_adapter(folder: Path, model: torch.nn.Module, rank: int) -> Path:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": [n.split(".")[1] for n in LINEARS],
+        "target_modules": [n.split(".")[1] for n in targets],
     }
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     return folder
@@ -94,7 +94,7 @@ class Bench:
         self.o, self.most = o, max(o.counts)
         self.model = build(o)
         self.registry = Registry(self.model, allowed=[folder], device_slots=max(self.most, o.slots), host_slots=10_000)
-        path = write_adapter(folder / "a0", self.model, o.rank)
+        path = write_adapter(folder / "a0", self.model, o.rank, [n for n in LINEARS if n.split(".")[1] in o.targets])
         time.sleep(STILL)  # as files that were not written just now
         self.registry.load("a0", path)
         add_copies(self.registry, self.most + 16)  # some more than the device has room for
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", type=lambda text: text.split(","), default=[n.split(".")[1] for n in LINEARS])
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--prompt", type=int, default=128)

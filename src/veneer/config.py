@@ -242,7 +242,7 @@ class OptimConfig(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile a model's repeated blocks with torch.compile: auto does so on an NVIDIA GPU."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """Replay compiled steps as CUDA graphs, with rows padded to a few sizes: auto does so where nothing is offloaded."""
+    """Replay steps as CUDA graphs, with rows padded to a few sizes: auto does so where nothing is offloaded."""
     checkpointing: Literal["keep", "selective", "recompute", "recompute-offload", "offload", "mixed"] = "keep"
     """What each block keeps for the backward pass. keep: all that saves work. selective: what is dear to compute again
     (when compiled). recompute: its input. recompute-offload: its input, in host memory. offload: what selective keeps, in

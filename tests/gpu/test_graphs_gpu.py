@@ -64,9 +64,14 @@ def quantise(model):
             setattr(model.model.get_submodule(parent), leaf, new.to("cuda"))
 
 
-def test_captured_rows_have_the_gradients_of_plain_ones():
-    plain, none = run(torch.bfloat16, True, False)
-    captured, count = run(torch.bfloat16, True, True)
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+@pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("compile", [True, False], ids=["compiled", "eager"])
+def test_captured_rows_have_the_gradients_of_plain_ones(mode, nf4, compile):
+    if nf4:
+        pytest.importorskip("bitsandbytes")
+    plain, none = run(torch.bfloat16, compile, False, mode, nf4)
+    captured, count = run(torch.bfloat16, compile, True, mode, nf4)
     assert none == 0 and count >= 1
     for a, b in zip(captured, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-2 * float(b.abs().max()))

@@ -191,7 +191,7 @@ def unpacks_rows(setting: Setting) -> bool:
 
 def can_have_graphs(setting: Setting) -> bool:
     """Whether rows of this setting can run as CUDA graphs: `training.graphs`."""
-    return setting.compile and setting.stream == "off" and setting.dial not in SENT
+    return setting.stream == "off" and setting.dial not in SENT
 
 
 def embedding_away(profile: Profile, setting: Setting) -> bool:

@@ -37,9 +37,11 @@ FUSED = 0.3
 """Bytes that compiled element-wise operations move over eager ones'."""
 AGAIN_MIXED = 0.5
 """Share of its forward pass that a compiled block does again at `mixed`: all but gate and down."""
-EAGER_CALLS = 2.0
+EAGER_CALLS = 4.0
 """Time to start an eager operation in a training step over that of an in-place addition alone: Python around it, and
-several kernels."""
+several kernels (3.1 to 4.6 of four models on an H200's host, whose steps differ by a third from one to the next)."""
+UNPACK_CALLS = 3
+"""Operations that an eager linear starts to unpack its weight."""
 COMPILED_CALLS = 0.5
 """The same of compiled code, over all of the eager code's operations."""
 PRODUCT_SHARE = 1.0

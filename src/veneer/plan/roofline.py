@@ -52,9 +52,18 @@ class Time:
         return asdict(self) | {"tokens_per_second": self.tokens_per_second}
 
 
-def of_ops(ops: Iterable[Op], tokens: int, rates: Rates, compiled: bool, graphs: bool = False) -> float:
-    """Seconds of some operations on a row. In a CUDA graph nothing waits for a kernel to be started."""
-    (products, bandwidth), total, count = rates.of_layers, 0.0, 0
+def of_ops(
+    ops: Iterable[Op],
+    tokens: int,
+    rates: Rates,
+    compiled: bool,
+    graphs: bool = False,
+    beside: float = 0.0,
+    starts: int = 0,
+) -> float:
+    """Seconds of some operations on a row, and of what goes with them: `beside` seconds, `starts` operations started. In
+    a CUDA graph nothing waits for a kernel to be started."""
+    (products, bandwidth), total, count = rates.of_layers, beside, 0
     for op in ops:
         flops, moved = op.flops(tokens), op.moved(tokens)
         if not flops and compiled:
@@ -64,7 +73,7 @@ def of_ops(ops: Iterable[Op], tokens: int, rates: Rates, compiled: bool, graphs:
     if not rates.queued:
         return total + count * rates.call
     calls = constants.COMPILED_CALLS if compiled else constants.EAGER_CALLS
-    return max(total, 0.0 if graphs else count * rates.call * calls)
+    return max(total, 0.0 if graphs else (count + starts) * rates.call * calls)
 
 
 def attention(block: Block, tokens: int, sequence: int, rates: Rates) -> float:
@@ -116,8 +125,9 @@ def _turns(profile: Profile, block: Block, mode: str, setting: size.Setting, rat
     seen = attention(block, tokens, setting.sequence, rates)
     float_copy = unpacking(block, setting.quant, profile.dtype_bytes, rates)
     float_copy /= 1 if size.unpacks_rows(setting) else setting.rows
+    starts = constants.UNPACK_CALLS * len(block.linears) if setting.quant != "none" and not compiled else 0
     forward, backward = (
-        of_ops(ops, tokens, rates, compiled, setting.graphs) + seen * share + float_copy
+        of_ops(ops, tokens, rates, compiled, setting.graphs, seen * share + float_copy, starts)
         for ops, share in ((block.forward_ops, 1), (block.backward_ops, constants.ATTENTION_BACKWARD))
     )
     again = constants.AGAIN_MIXED if mode == "mixed" else float(mode.startswith("recompute"))

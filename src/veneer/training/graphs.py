@@ -67,8 +67,8 @@ class Captured:
 class RowGraphs:
     """`backward(row, weight)` for rows of `rows`, through CUDA graphs where that can be.
 
-    It cannot where blocks offload or are not compiled, where rows share prefixes, or where capturing fails, which is
-    told once through `note`.
+    It cannot where blocks offload, where rows share prefixes, or where capturing fails, which is told once through
+    `note`.
     """
 
     def __init__(self, rows: RowModel, fast: Accelerated, config: OptimConfig, note: Callable[[str], None]) -> None:
@@ -76,7 +76,6 @@ class RowGraphs:
         self.possible = (
             config.cuda_graphs == "auto"
             and fast.device.type == "cuda"
-            and fast.compile
             and rows.packing
             and rows.varlen
             and rows.fast_head
