@@ -37,10 +37,14 @@ FUSED = 0.3
 """Bytes that compiled element-wise operations move over eager ones'."""
 AGAIN_MIXED = 0.5
 """Share of its forward pass that a compiled block does again at `mixed`: all but gate and down."""
+AGAIN_COMPILED = 0.75
+"""The same at `recompute`, where what nothing of the backward pass reads is left out: down's product, of all four."""
+KERNEL_SECONDS = 2.2e-6
+"""What a kernel takes on a GPU at least, started from a CUDA graph."""
 EAGER_CALLS = 4.0
 """Time to start an eager operation in a training step over that of an in-place addition alone: Python around it, and
 several kernels (3.1 to 4.6 of four models on an H200's host, whose steps differ by a third from one to the next)."""
-UNPACK_CALLS = 3
+UNPACK_CALLS = 4
 """Operations that an eager linear starts to unpack its weight."""
 COMPILED_CALLS = 0.5
 """The same of compiled code, over all of the eager code's operations."""

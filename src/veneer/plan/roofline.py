@@ -63,12 +63,14 @@ def of_ops(
 ) -> float:
     """Seconds of some operations on a row, and of what goes with them: `beside` seconds, `starts` operations started. In
     a CUDA graph nothing waits for a kernel to be started."""
-    (products, bandwidth), total, count = rates.of_layers, beside, 0
+    (products, bandwidth), count = rates.of_layers, 0
+    least = constants.KERNEL_SECONDS if rates.queued else 0.0
+    total = beside + starts * least
     for op in ops:
         flops, moved = op.flops(tokens), op.moved(tokens)
         if not flops and compiled:
             moved *= constants.FUSED
-        total += max(flops / products, moved / bandwidth)
+        total += max(flops / products, moved / bandwidth, 0.0 if compiled and not flops else least)
         count += 1
     if not rates.queued:
         return total + count * rates.call
@@ -130,8 +132,16 @@ def _turns(profile: Profile, block: Block, mode: str, setting: size.Setting, rat
         of_ops(ops, tokens, rates, compiled, setting.graphs, seen * share + float_copy, starts)
         for ops, share in ((block.forward_ops, 1), (block.backward_ops, constants.ATTENTION_BACKWARD))
     )
-    again = constants.AGAIN_MIXED if mode == "mixed" else float(mode.startswith("recompute"))
-    return forward, backward + forward * again
+    return forward, backward + forward * _again(mode, compiled)
+
+
+def _again(mode: str, compiled: bool) -> float:
+    """The share of its forward pass that a block does again in its backward pass."""
+    if mode == "mixed":
+        return constants.AGAIN_MIXED
+    if not mode.startswith("recompute"):
+        return 0.0
+    return constants.AGAIN_COMPILED if compiled else 1.0
 
 
 def _head(profile: Profile, setting: size.Setting, rates: Rates) -> float:
