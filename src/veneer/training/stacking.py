@@ -24,13 +24,13 @@ def stacking(block: nn.Module, forward: Callable) -> Callable:
     base's dtype, are kept until then.
     """
 
+    layers = [layer for layer in block.modules() if isinstance(layer, AdaptedLinear)]
+
     @wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        stacked = []
-        for layer in block.modules():
-            if isinstance(layer, AdaptedLinear) and layer.routing.ranges is not None:
-                layer.stacked = layer.stack(layer.routing.ranges)
-                stacked.append(layer)
+        stacked = [layer for layer in layers if layer.routing.ranges is not None]
+        for layer in stacked:
+            layer.stacked = layer.stack(layer.routing.ranges)
         try:
             return forward(*args, **kwargs)
         finally:
