@@ -31,6 +31,13 @@ def test_packed_products_are_their_definition_and_weights_come_back(rows, d_in, 
     assert torch.equal(own.to_dense(), weight)
 
 
+def test_products_are_of_few_numbers_of_rows():
+    """Each number that was ever seen costs memory; rows that only fill up cost time."""
+    found = [packed.filled(rows) for rows in range(1, 4097)]
+    assert all(rows <= filled <= 1.125 * rows for rows, filled in enumerate(found, 1))
+    assert found[:16] == list(range(1, 17)) and len(set(found)) == 16 + 8 * 8
+
+
 @needs_packing
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_served_model_is_packed_and_put_back(tokenizer, tmp_path, tied):

@@ -25,8 +25,21 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x Wᵀ + b for x (…, I) and a packed W → (…, O). `torch.nn.functional.linear` is its definition."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    """y = x Wᵀ + b for x (…, I) and a packed W → (…, O). `torch.nn.functional.linear` is its definition.
+
+    Rows are filled up to one of few numbers: oneDNN keeps half a MiB of code for each number of rows and each shape of a
+    weight that it ever saw, up to a thousand of them.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    more = filled(len(rows)) - len(rows)
+    y = torch.ops.mkldnn._linear_pointwise(F.pad(rows, (0, 0, 0, more)) if more else rows, packed, bias, "none", [], "")
+    return y[: len(rows)].view(*x.shape[:-1], -1)
+
+
+def filled(rows: int) -> int:
+    """At least so many rows: up to 16 as they are, then eight numbers for each doubling, an eighth more at most."""
+    step = 1 << max(0, (rows - 1).bit_length() - 4)
+    return -(-rows // step) * step
 
 
 def can_pack() -> bool:
