@@ -362,7 +362,8 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
         "workspace": constants.WORKSPACE * (2 if setting.graphs else 1) if cuda else 0.0,
     }
     own = kept + work + head
-    slack = constants.RESERVED_FIXED * (2 if setting.graphs else 1) + constants.RESERVED * own + constants.RESERVED_WORK * (work + head)
+    fixed = constants.RESERVED_FIXED * (2 if setting.graphs else 1)
+    slack = fixed + constants.RESERVED * own + constants.RESERVED_WORK * (work + head)
     if not cuda:
         slack = constants.HOST_SLACK * sum(value for key, value in parts.items() if key not in ("base", "adapter"))
     besides = context if context is not None else constants.CONTEXT if cuda else constants.HOST_BASELINE
