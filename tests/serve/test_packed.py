@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve.served import Alone, ask, engine_of, read, write
+from transformers import AutoModelForCausalLM
 
 from conftest import CORPUS, tiny_llama
 from veneer.serve import packed
@@ -55,6 +59,24 @@ def test_a_served_model_is_packed_and_put_back(tokenizer, tmp_path, tied):
     assert [type(m) for m in model.modules()] == kinds
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+@needs_packing
+@pytest.mark.skipif(not psutil.LINUX, reason="no list of mapped files")
+def test_a_packed_model_does_not_hold_the_file_that_it_came_from(tokenizer, tmp_path):
+    """A mapped file's pages would stay in memory beside the packed copies."""
+    (tmp_path / "base").mkdir()
+    tiny_llama(hidden_size=384, intermediate_size=1024).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval().requires_grad_(False)
+
+    def mapped():
+        return any(str(tmp_path) in part.path for part in psutil.Process().memory_maps())
+
+    assert mapped()
+    engine, _ = engine_of(tokenizer, tmp_path, model)
+    gc.collect()
+    assert not mapped()
+    engine.shutdown(5)
 
 
 def test_what_cannot_be_packed_is_served_as_it_is(tokenizer, tmp_path, monkeypatch):

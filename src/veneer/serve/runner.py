@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.adapter.calls import recorded
 from veneer.adapter.targets import output_head
+from veneer.base.quant import unmap
 from veneer.kernels.grouped import has_grouped_mm
 from veneer.serve.cache import ATTENTION, Prompts, SlotCache, Tokens
 from veneer.serve.errors import ServeError
@@ -138,8 +139,11 @@ class Runner:
         setattr(owner, leaf, module)
 
     def _pack(self) -> None:
-        for name, shared in packable(self.model).items():
+        found = packable(self.model)
+        for name, shared in found.items():
             self._replace(name, PackedLinear(self.model.get_submodule(name), shared))
+        if found:
+            unmap(self.model)  # the plain weights' pages go with what stays beside them in the file
 
     def _install(self) -> None:
         head = output_head(self.model)
