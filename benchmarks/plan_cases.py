@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -39,7 +39,7 @@ SHARES = {"keep": 1.0, "selective": 0.85, "offload": 0.1, "mixed": 0.1, "recompu
 @dataclass(frozen=True)
 class Case:
     """One setting. `layers` cuts the model; 0: all of them. `lengths` are the sequences of one row, `keep` is
-    train.keep_blocks."""
+    train.keep_blocks and `resident` train.resident_blocks."""
 
     shape: str
     layers: int
@@ -50,6 +50,7 @@ class Case:
     compile: bool = False
     stream: str = "off"
     keep: int = 0
+    resident: int = 0
 
     @property
     def name(self) -> str:
@@ -58,7 +59,8 @@ class Case:
         )
         parts = [self.shape, f"{self.layers or 'all'} layers", self.quant, lengths, f"rank {self.rank}", self.dial]
         parts += [f"keep {self.keep}"] * (self.keep > 0)
-        return " ".join(parts + ["compiled"] * self.compile + [f"stream {self.stream}"] * (self.stream != "off"))
+        parts += ["compiled"] * self.compile + [f"stream {self.stream}"] * (self.stream != "off")
+        return " ".join(parts + [f"resident {self.resident}"] * (self.resident > 0))
 
 
 def eager_cases(shape: str, layers: int, at: int) -> list[Case]:
@@ -83,9 +85,20 @@ def compiled_cases(shape: str, layers: int, at: int) -> list[Case]:
     return found
 
 
-def more_cases() -> list[Case]:
-    """Streamed bases, blocks that stay (`keep_blocks`), and whole models."""
+def resident_cases() -> list[Case]:
+    """Streamed bases of which some blocks stay on the device, or all; few tokens, so that copies are what takes time."""
     return [
+        Case("Llama-3.1-8B", 8, "none", (2048,), 16, "recompute", True, "host", resident=5),
+        Case("Llama-3.1-8B", 8, "nf4", (1024,) * 2, 16, "recompute", True, "host", resident=3),
+        Case("Qwen3-4B", 12, "none", (1024,) * 2, 16, "recompute-offload", stream="host", resident=7),
+        Case("Llama-3.2-1B", 0, "nf4", (2048,), 32, "recompute", stream="host", resident=16),
+    ]
+
+
+def more_cases() -> list[Case]:
+    """Streamed bases, blocks that stay (`keep_blocks`, `resident_blocks`), and whole models."""
+    return [
+        *resident_cases(),
         Case("Llama-3.1-8B", 0, "none", (2048,) * 4, 16, "mixed", True),
         Case("Llama-3.2-1B", 0, "none", (2048,) * 4, 16, "recompute", stream="host"),
         Case("Llama-3.1-8B", 0, "nf4", (2048,) * 4, 16, "recompute", True),
@@ -122,8 +135,9 @@ def gpu_cases() -> list[Case]:
 
 
 def speed_cases() -> list[Case]:
-    """The settings of the speed pass, as users run them."""
-    found = []
+    """The settings of the speed pass, as users run them; streamed ones with as few tokens with no block that stays too."""
+    some = [case for case in resident_cases() if case.compile]
+    found = [resident_cases(), [replace(case, resident=0) for case in some]]
     for shape, layers in GPU_SHAPES.items():
         row = (2048,) * 4 if shape != "SmolLM2-135M" else (1024,) * 8
         found.append([

@@ -66,7 +66,7 @@ def step_of(case: Case, model, stack: ExitStack, note: Callable[[str], None]) ->
     adapter = AdapterConfig(rank=case.rank, alpha=2 * case.rank)
     train = OptimConfig(
         micro_batch_tokens=sum(case.lengths), checkpointing=case.dial, compile="on" if case.compile else "off",
-        keep_blocks=case.keep,
+        keep_blocks=case.keep, resident_blocks=case.resident,
     )  # fmt: skip
     made = resident_step if case.stream == "off" else streamed_step
     return made(case, model, adapter, train, stack, note)
@@ -108,7 +108,7 @@ def resident_step(case: Case, model, adapter, train, stack: ExitStack, note: Cal
 
 
 def streamed_step(case: Case, model, adapter, train, stack: ExitStack, note: Callable[[str], None]) -> Step:
-    """`step()` over a base whose blocks are in host memory."""
+    """`step()` over a base whose blocks are in host memory, but for those that stay on the device."""
     import torch
 
     from veneer.adapter.attach import attach, get_bank
@@ -120,7 +120,8 @@ def streamed_step(case: Case, model, adapter, train, stack: ExitStack, note: Cal
     dtype = next(model.parameters()).dtype
     model = model.to("cpu")
     torch.cuda.empty_cache() if device.type == "cuda" else None
-    stream_model(model, Files(None, {}), device, dtype, None if case.quant == "none" else case.quant)
+    quant = None if case.quant == "none" else case.quant
+    stream_model(model, Files(None, {}), device, dtype, quant, resident=case.resident)
     model.requires_grad_(False)
     attach(model, adapter, seed=0)
     model.veneer_stream.settle()
@@ -161,6 +162,7 @@ def planned(case: Case, cuda: bool) -> tuple:
     setting = size.Setting(
         quant=case.quant, dial=case.dial, micro_tokens=tokens, sequence=max(case.lengths), tokens=tokens,
         compile=case.compile, stream=case.stream, keep=case.keep,
+        resident=case.resident,
     )  # fmt: skip
     return about, replace(setting, graphs=cuda and size.can_have_graphs(setting))
 

@@ -86,6 +86,11 @@ RUN: list[Rule] = [
         "kaiming, pissa or olora",
     ),
     (
+        lambda c: c.train.stream == "off" and c.train.resident_blocks not in ("auto", 0),
+        "train.resident_blocks are blocks of a streamed base that stay on the device, and train.stream is off: set it to host "
+        "or disk, or leave train.resident_blocks out",
+    ),
+    (
         lambda c: c.train.stream != "off" and c.quant not in ("none", "nf4", "fp4", "int8"),
         "train.stream goes with quant none, nf4, fp4 or int8: choose one of them",
     ),

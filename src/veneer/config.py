@@ -257,10 +257,14 @@ class OptimConfig(Section):
     """Where the frozen blocks are (docs/stream.md): off: on the device. host: in host memory, a few at a time on the
     device. disk: in the safetensors files, for when host memory is short too. Keeping all for the backward pass
     (checkpointing: keep) is recompute then."""
+    resident_blocks: int | Literal["auto"] = "auto"
+    """Of a streamed base so many blocks, spread evenly, stay on the device and are copied once: what is left of its memory
+    spent on fewer copies, where these are not hidden. auto: as many as fit the plan of the run, if that is faster (without a
+    plan: none)."""
     vram: ByteSize | None = None
     """Memory that the run may take on its device, such as 8GB or 7.5GiB (on a CPU: of the process). Settings that are
-    left out here (micro_batch_tokens, checkpointing, keep_blocks, optimizer, stream, embedding, and quant) are chosen to fit
-    it, and the run is held to it; docs/memory.md. Absent: the device's free memory."""
+    left out here (micro_batch_tokens, checkpointing, keep_blocks, optimizer, stream, resident_blocks, embedding, and quant)
+    are chosen to fit it, and the run is held to it; docs/memory.md. Absent: the device's free memory."""
     eval_every: int | None = Field(None, ge=1)
     """Held-out loss every so many steps (absent: at each epoch's end)."""
     eval_examples: int | None = Field(None, ge=1)
@@ -278,6 +282,13 @@ class OptimConfig(Section):
     @classmethod
     def _dial(cls, value: Any) -> Any:
         return {True: "recompute", False: "keep"}[value] if isinstance(value, bool) else value
+
+    @field_validator("resident_blocks", mode="before")
+    @classmethod
+    def _blocks(cls, value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or value < 0):
+            raise ValueError("should be auto or a number of blocks")
+        return value
 
     @field_validator("vram", mode="before")
     @classmethod

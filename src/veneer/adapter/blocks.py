@@ -1,10 +1,11 @@
-"""A model's repeated blocks, found by structure."""
+"""A model's repeated blocks, found by structure, and which of them are treated otherwise than the rest."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from veneer.adapter.layers import AdaptedModule
+from veneer.errors import ConfigError
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -38,3 +39,11 @@ def spread(dial: str, blocks: int, keep: int = 0, *, compiled: bool = True) -> l
     if keep and dial not in ("keep", "selective"):
         modes[-keep:] = ["selective"] * min(keep, blocks)
     return modes
+
+
+def staying(blocks: int, resident: int) -> frozenset[int]:
+    """Which of a streamed base's blocks stay on the device, `resident` of them spread evenly: then the copies of the others
+    have all blocks' computation to hide behind. `ConfigError` for more than there are."""
+    if resident > blocks:
+        raise ConfigError(f"train.resident_blocks: {resident} is more than the model's {blocks} blocks")
+    return frozenset(i for i in range(blocks) if (i + 1) * resident // blocks > i * resident // blocks)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapter.blocks import staying
 from veneer.adapter.layers import AdaptedModule
 from veneer.adapter.targets import input_embedding, output_head
 from veneer.base.held import Block, Spot, host_buffer, view_of
@@ -40,8 +41,7 @@ class Conveyor:
     def __init__(self, blocks: Sequence[Block], device: torch.device, slots: int = SLOTS, resident: int = 0) -> None:
         self.blocks, self.device, self.usual = list(blocks), device, slots
         self.cuda = device.type == "cuda"
-        count = len(self.blocks)
-        self.stay = {i for i in range(count) if (i + 1) * resident // count > i * resident // count}
+        self.stay = staying(len(self.blocks), resident)
         on_disk = any(block.flat is None for block in blocks)
         staged = on_disk and device.type != "cpu"
         self.stage = host_buffer(max(block.nbytes for block in blocks), device) if staged else None
@@ -87,12 +87,19 @@ class Conveyor:
         sizes = [0] * (max(self.slot_of.values()) + 1)
         for i, slot in self.slot_of.items():
             sizes[slot] = max(sizes[slot], self.blocks[i].nbytes)
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        empty = partial(torch.empty, dtype=torch.uint8, device=self.device)
+        kept = empty(sum(sizes[:own])).split(sizes[:own]) if own else []  # at once: no allocator rounds each of them up
+        self.slots = [*kept, *map(empty, sizes[own:])]
         size = nbytes if spots else max(block.cast_bytes for block in self.blocks)
         self.cast = torch.zeros(size, dtype=torch.uint8, device=self.device)
         self.holds: list[int | None] = [None] * len(sizes)
         self.ready = [None] * len(sizes)
         self.free = [torch.cuda.current_stream(self.device).record_event() if self.cuda else None for _ in sizes]
+
+    def let_pass(self) -> None:
+        """Let no block stay on the device any more; the buffers are made anew."""
+        self.stay = frozenset()
+        self.arrange()
 
     @property
     def nbytes(self) -> int:

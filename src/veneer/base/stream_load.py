@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from veneer.adapter.blocks import staying
 from veneer.adapter.targets import input_embedding, output_head
 from veneer.base import quant as quantisation
 from veneer.base.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
@@ -145,10 +146,11 @@ def stream_model(
     resident: int = 0,
 ) -> StreamedBase:
     """Turn a model of mapped (or host) weights into a streamed one, in place."""
-    if files.scratch is None:
-        _check_memory(model, frozen_blocks(model), dtype, quant)
-    strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     blocks, modules = [], frozen_blocks(model)
+    staying(len(modules), resident)  # refuses what cannot be before the work begins
+    if files.scratch is None:
+        _check_memory(model, modules, dtype, quant)
+    strict = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     names = {id(module): name for name, module in model.named_modules()}
     fill = Fused(model, files)
     for module in modules:

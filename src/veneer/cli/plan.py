@@ -100,22 +100,20 @@ def _settings(settings: list[str], rank: int | None, targets: str | None, quant:
     given = parse_settings(settings) | {key: value for key, value in flags.items() if value is not None}
     if quant != "auto":
         given["quant"] = quant
-    known = (*AXES, "train.micro_batch_tokens", "train.keep_blocks", "train.compile")
+    known = (*AXES, "train.micro_batch_tokens", "train.keep_blocks", "train.resident_blocks", "train.compile")
     if wrong := [key for key in given if key not in known and not key.startswith("adapter.")]:
         raise ConfigError(f"--set {wrong[0]}: a plan takes adapter's keys and {', '.join(known)}")
-    stream = given.pop("train.stream", None)  # checked by hand where this version has no such key
     config = TrainConfig.from_dict({"data": "-", "out": "-"}, given)
     fixed = {AXES[key]: value for key, value in given.items() if key in AXES}
-    if stream is not None:
-        fixed["stream"] = {False: "off"}.get(stream, stream)
-        if fixed["stream"] not in ("off", "host", "disk"):
-            raise ConfigError(f"train.stream {stream!r}: use off, host or disk")
-    if "train.checkpointing" in given:
-        fixed["dial"] = config.train.checkpointing
+    for key in ("train.stream", "train.checkpointing"):  # which YAML may read as on or off
+        if key in given:
+            fixed[AXES[key]] = getattr(config.train, key.removeprefix("train."))
     if "train.micro_batch_tokens" in given:
         fixed["micro_tokens"] = config.train.micro_batch_tokens
     if "train.keep_blocks" in given:
         fixed["keep"] = config.train.keep_blocks
+    if given.get("train.resident_blocks", "auto") != "auto":
+        fixed["resident"] = config.train.resident_blocks
     if "train.compile" in given:
         fixed["compile"] = config.train.compile
     return config.adapter, fixed

@@ -198,7 +198,10 @@ def _resolve(config: Path | None, flags: dict[str, Any], settings: list[str], re
             raise ConfigError(f"{run} is a directory: to continue a run add --resume, else name a YAML file")
         if not (run / "config.yaml").exists():
             raise RunError(f"{run} holds no run to resume")
-        return TrainConfig.from_dict(read_yaml(run / "config.yaml") | {"out": str(run)}, overrides)
+        values = read_yaml(run / "config.yaml") | {"out": str(run)}
+        if "train.stream" in overrides:
+            values.get("train", {}).pop("resident_blocks", None)  # as many as fitted where the blocks were
+        return TrainConfig.from_dict(values, overrides)
     return TrainConfig.from_dict(read_yaml(config) if config else {}, overrides)
 
 

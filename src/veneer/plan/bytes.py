@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from veneer.adapter.blocks import spread
+from veneer.adapter.blocks import spread, staying
 from veneer.plan import constants
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class Setting:
     """One way to run a step. `micro_tokens` are those of a row, in sequences of `sequence`; `tokens` those of a step.
 
     `dial` is train.checkpointing, `keep` train.keep_blocks, `stream` where the frozen blocks live: off (on the device),
-    host or disk, `embedding` where the input embedding's table is: device or host. `graphs`: rows run as CUDA graphs once
-    they were seen.
+    host or disk, `resident` how many of them stay on the device all the same (train.resident_blocks), `embedding` where the
+    input embedding's table is: device or host. `graphs`: rows run as CUDA graphs once they were seen.
     """
 
     quant: str
@@ -101,6 +101,7 @@ class Setting:
     keep: int = 0
     graphs: bool = False
     embedding: str = "device"
+    resident: int = 0
 
     @property
     def rows(self) -> int:
@@ -210,9 +211,28 @@ def block_bytes(block: Block, quant: str, each: int) -> float:
     return sum(packed(n, quant, each) for n in block.linears) + block.other * each
 
 
+def passing(setting: Setting, blocks: int) -> list[int]:
+    """Which blocks of a streamed base come and go."""
+    stay = staying(blocks, setting.resident)
+    return [i for i in range(blocks) if i not in stay]
+
+
+def slots(setting: Setting, passing: int) -> int:
+    """Buffers that so many passing blocks of a streamed base go through (`base.stream.Conveyor`). A packed base's blocks
+    leave theirs as they are moved to where they are computed with, so it has one."""
+    return min(1 if packs(setting) else constants.STREAM_BUFFERS, passing)
+
+
+def copied(setting: Setting, blocks: int) -> list[int]:
+    """Which blocks of a streamed base are copied in a pass over them: what the pass before left in the buffers, from whose
+    other end it came, is there."""
+    found = passing(setting, blocks)
+    return found[slots(setting, len(found)) :]
+
+
 def base_bytes(profile: Profile, setting: Setting) -> float:
-    """The frozen weights on the device. Of a streamed base a few blocks and two pieces of the head are; a packed one has
-    one as it comes and one as it is computed with."""
+    """The frozen weights on the device. Of a streamed base those blocks that stay, a few others and two pieces of the head
+    are; a packed one has besides the blocks as they come one as it is computed with, which blocks that stay pass too."""
     each = profile.dtype_bytes
     blocks = [block_bytes(block, setting.quant, each) for block in profile.blocks]
     beside = [block.beside * each if packs(setting) else 0 for block in profile.blocks]
@@ -220,9 +240,11 @@ def base_bytes(profile: Profile, setting: Setting) -> float:
         away = profile.movable if embedding_away(profile, setting) else 0
         return sum(blocks) + sum(beside) + (profile.embedding - away + profile.head + profile.rest) * each
     head = (profile.head or profile.embedding) * each
-    buffers = min(constants.STREAM_BUFFERS, len(blocks)) * max(blocks)
+    come = passing(setting, len(blocks))
+    buffers = sum(blocks) - sum(blocks[i] for i in come)
+    buffers += slots(setting, len(come)) * max((blocks[i] for i in come), default=0.0)
     if packs(setting):
-        buffers = max(blocks) + max(block_bytes(b, "none", each) + extra for b, extra in zip(profile.blocks, beside))
+        buffers += max(block_bytes(b, "none", each) + extra for b, extra in zip(profile.blocks, beside))
     return buffers + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
 
 
@@ -367,13 +389,13 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     if not cuda:
         slack = constants.HOST_SLACK * sum(value for key, value in parts.items() if key not in ("base", "adapter"))
     besides = context if context is not None else constants.CONTEXT if cuda else constants.HOST_BASELINE
-    streamed = (
-        sum(block_bytes(b, setting.quant, each) for b in profile.blocks) + (profile.embedding + profile.head) * each
-    )
-    resident = streamed if setting.stream == "host" else 0.0
+    held = 0.0
+    if setting.stream == "host":  # those that stay on the device too: what modules see between their turns
+        held = sum(block_bytes(b, setting.quant, each) for b in profile.blocks)
+        held += (profile.embedding + profile.head) * each
     table = profile.movable * each if embedding_away(profile, setting) else 0
     if not cuda:
-        parts["base"] += resident + table
-    host = constants.HOST_RUN + away * constants.PINNED + paged + resident + table if cuda else 0.0
+        parts["base"] += held + table
+    host = constants.HOST_RUN + away * constants.PINNED + paged + held + table if cuda else 0.0
     pool = constants.POOL * own + constants.POOL_WORK * work if setting.graphs and cuda else 0.0
     return Need(**parts, pool=pool, slack=slack, context=besides, host=host, at=at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from math import inf
 from typing import Any
 
 from veneer.errors import PlanError
@@ -95,7 +96,7 @@ class Plan:
 @dataclass(frozen=True)
 class Wish:
     """The work of a step: sequences of up to `sequence` tokens, `tokens` in all; `fixed` has what the user chose of
-    quant, stream, dial, optimizer, embedding, micro_tokens, keep. `compile` says whether blocks are compiled."""
+    quant, stream, dial, optimizer, embedding, micro_tokens, keep, resident. `compile` says whether blocks are compiled."""
 
     sequence: int
     tokens: int
@@ -119,32 +120,59 @@ def options(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> list[
     for quant, stream, dial, optimizer, embedding, micro in product(*axes.values(), rows):
         if stream != "off" and dial == "keep" and "dial" not in wish.fixed:
             continue  # is recompute there
-        keep = wish.fixed.get("keep", 0)
         setting = size.Setting(
-            quant, dial, micro, wish.sequence, wish.tokens, optimizer, wish.compile, stream, keep, embedding=embedding
-        )
+            quant, dial, micro, wish.sequence, wish.tokens, optimizer, wish.compile, stream,
+            keep=wish.fixed.get("keep", 0), embedding=embedding,
+            resident=wish.fixed.get("resident", 0) if stream != "off" else 0,
+        )  # fmt: skip
         if embedding == "host" and "embedding" not in wish.fixed and not size.embedding_away(profile, setting):
             continue  # its table stays where it is
         found.append(judge(profile, budget, rates, setting))
     return found
 
 
-def with_kept_blocks(profile: Profile, budget: Budget, rates: Rates, every: Iterable[Option]) -> list[Option]:
-    """For the fastest setting that fits of each kind that saves memory: the same with as many of the last blocks kept as
-    fit, where that is any."""
+def spending(profile: Profile, budget: Budget, rates: Rates, wish: Wish, every: list[Option]) -> list[Option]:
+    """Settings that fit with what is left of the memory spent on as many blocks as there is room for: on the last ones that
+    keep all the same, where the dial saves memory; on those of a streamed base that stay on the device; on both, the first
+    ones first."""
+    fitting = sorted((o for o in every if not o.reason), key=lambda o: o.time.total)
+    kept = [] if "keep" in wish.fixed else with_kept_blocks(profile, budget, rates, fitting)
+    if "resident" in wish.fixed:
+        return kept
+    return kept + with_resident_blocks(profile, budget, rates, [*fitting, *kept])
+
+
+def with_kept_blocks(profile: Profile, budget: Budget, rates: Rates, fitting: Iterable[Option]) -> list[Option]:
+    """The fastest of each kind that saves memory, with as many of the last blocks kept as fit, where that is any."""
     found: dict[tuple, Option] = {}
-    for option in sorted((o for o in every if not o.reason), key=lambda o: o.time.total):
+    for option in fitting:
         if option.setting.dial not in ("keep", "selective"):
-            found.setdefault((*_kind(option), option.setting.optimizer, option.setting.embedding), option)
-    return [kept for option in found.values() if (kept := most_kept(profile, budget, rates, option)) is not None]
+            found.setdefault(_same(option), option)
+    tried = (most(profile, budget, rates, option, "keep") for option in found.values())
+    return [option for option in tried if option is not None]
 
 
-def most_kept(profile: Profile, budget: Budget, rates: Rates, option: Option) -> Option | None:
-    """The setting with the most of the last blocks kept that fits; None where not one can be."""
+def with_resident_blocks(profile: Profile, budget: Budget, rates: Rates, fitting: Iterable[Option]) -> list[Option]:
+    """Streamed settings with as many blocks on the device as fit, where that is any. Rows matter: smaller ones leave room for
+    more blocks. Only those that would be the fastest of their kind with no copies at all are tried."""
+    found: list[Option] = []
+    best: dict[tuple, float] = {}
+    for option in fitting:
+        key = _same(option)
+        if option.setting.stream == "off" or option.time.compute > best.get(key, inf):
+            continue
+        more = most(profile, budget, rates, option, "resident")
+        best[key] = min(best.get(key, inf), (more or option).time.total)
+        found += [more] if more is not None else []
+    return found
+
+
+def most(profile: Profile, budget: Budget, rates: Rates, option: Option, what: str) -> Option | None:
+    """The setting with the most blocks in `what` (keep or resident) that fits; None where not one does."""
     low, high, best = 1, len(profile.blocks), None
     while low <= high:
         middle = (low + high) // 2
-        tried = judge(profile, budget, rates, replace(option.setting, keep=middle, graphs=False))
+        tried = judge(profile, budget, rates, replace(option.setting, **{what: middle}, graphs=False))
         if tried.reason:
             high = middle - 1
         else:
@@ -179,8 +207,8 @@ def judge(profile: Profile, budget: Budget, rates: Rates, setting: size.Setting)
 def find(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> Plan:
     """The plan for a budget. Raises `PlanError` where nothing fits, with the least that would and what to change."""
     every = options(profile, budget, rates, wish)
-    if "keep" not in wish.fixed:
-        every += with_kept_blocks(profile, budget, rates, every)
+    plain = every if not wish.fixed.get("resident") else options(profile, budget, rates, _without(wish, "resident"))
+    every = every + spending(profile, budget, rates, wish, every)
     fitting = ranked(option for option in every if not option.reason)
     if not fitting:
         raise PlanError(nothing_fits(profile, budget, rates, wish, every))
@@ -191,7 +219,7 @@ def find(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> Plan:
         chosen=chosen,
         runners_up=_different(fitting[1:], chosen),
         not_taken=_not_taken(every, chosen),
-        steps_down=steps_down(every, chosen, wish),
+        steps_down=steps_down(plain, chosen),
     )
 
 
@@ -227,13 +255,17 @@ def _kind(option: Option) -> tuple:
     return tuple(getattr(option.setting, axis) for axis in ("quant", "stream", "dial"))
 
 
+def _same(option: Option) -> tuple:
+    """All but how the tokens of a step are cut into rows, and which blocks are treated otherwise."""
+    return tuple(getattr(option.setting, axis) for axis in AXES)
+
+
 def _not_taken(every: list[Option], chosen: Option) -> list[Why]:
     """For each value of each axis the reason why it was not taken, at the best that goes with it."""
     found = []
-    for axis in (*AXES, "micro_tokens"):
-        values = dict.fromkeys(getattr(option.setting, axis) for option in every)
-        for value in values:
-            if value == getattr(chosen.setting, axis):
+    for axis in (*AXES, "resident", "micro_tokens"):
+        for value in dict.fromkeys(getattr(option.setting, axis) for option in every):
+            if value == getattr(chosen.setting, axis) or (axis == "resident" and value):
                 continue
             own = [option for option in every if getattr(option.setting, axis) == value]
             fitting = [option for option in own if not option.reason]
@@ -248,16 +280,15 @@ def _not_taken(every: list[Option], chosen: Option) -> list[Why]:
     return found
 
 
-def steps_down(every: list[Option], chosen: Option, wish: Wish) -> list[Option]:
+def steps_down(every: list[Option], chosen: Option) -> list[Option]:
     """What a run can change to in its midst without loading the base anew, each needing less on the device than the one
-    before: no blocks kept, another dial, or smaller rows. The fastest way down."""
+    before: no blocks kept, none that stay of a streamed base, another dial, or smaller rows. The fastest way down."""
     same = ("quant", "stream", "optimizer", "embedding")
     near = [
         option
         for option in every
         if all(getattr(option.setting, axis) == getattr(chosen.setting, axis) for axis in same)
         and option.setting.micro_tokens <= chosen.setting.micro_tokens
-        and option.setting.keep == wish.fixed.get("keep", 0)
     ]
     found, last = [], chosen
     for option in sorted(near, key=lambda option: option.time.total):
@@ -276,21 +307,25 @@ def nothing_fits(profile: Profile, budget: Budget, rates: Rates, wish: Wish, eve
         host = min(near, key=lambda option: option.need.host)
         line = f"{text(budget.host)} of host memory are too little: {describe(host.setting)} {host.reason}"
     hints = []
-    for axis in [axis for axis in wish.fixed if axis in (*AXES, "micro_tokens")]:
-        rest = {key: value for key, value in wish.fixed.items() if key != axis}
-        if fits := [o for o in options(profile, budget, rates, replace(wish, fixed=rest)) if not o.reason]:
+    for axis in [axis for axis in wish.fixed if axis in (*AXES, "micro_tokens", "resident")]:
+        if fits := [o for o in options(profile, budget, rates, _without(wish, axis)) if not o.reason]:
             best = ranked(fits)[0]
             hints.append(f"{NAMES[axis]}: {getattr(best.setting, axis)}")
     sequence = wish.sequence // 2
     while not hints and sequence >= 64:
         shorter = replace(wish, sequence=sequence, tokens=min(wish.tokens, max(sequence, wish.tokens // 2)))
-        shorter = replace(shorter, fixed={k: v for k, v in wish.fixed.items() if k != "micro_tokens"})
+        shorter = _without(shorter, "micro_tokens")
         if any(not o.reason for o in options(profile, budget, rates, shorter)):
             hints.append(f"data.max_length: {sequence} (--seq {sequence})")
         sequence //= 2
     return line + (
         "; it fits with " + " or ".join(hints) if hints else "; a smaller model or a smaller adapter.rank would"
     )
+
+
+def _without(wish: Wish, axis: str) -> Wish:
+    """The same with one axis left open."""
+    return replace(wish, fixed={key: value for key, value in wish.fixed.items() if key != axis})
 
 
 NAMES = {
@@ -301,6 +336,7 @@ NAMES = {
     "embedding": "train.embedding",
     "micro_tokens": "train.micro_batch_tokens",
     "keep": "train.keep_blocks",
+    "resident": "train.resident_blocks",
 }
 """Where the configuration has what a plan chooses."""
 
@@ -314,6 +350,7 @@ def describe(setting: size.Setting) -> str:
         f"keep_blocks {setting.keep}" if setting.keep else "",
         f"{setting.optimizer}" if setting.optimizer != "adamw" else "",
         f"stream {setting.stream}" if setting.stream != "off" else "",
+        f"resident_blocks {setting.resident}" if setting.resident else "",
         f"embedding {setting.embedding}" if setting.embedding != "device" else "",
     ]
     return ", ".join(part for part in parts if part)

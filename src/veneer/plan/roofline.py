@@ -92,27 +92,37 @@ def unpacking(block: Block, quant: str, each: int, rates: Rates) -> float:
     return moved / (rates.bandwidth * constants.UNPACK_SHARE)
 
 
+def arriving(block: Block, setting: size.Setting, each: int, rates: Rates) -> float:
+    """Seconds to bring a packed streamed block from where it came, or stays, to where it is computed with: float weights are
+    moved there, quantised ones unpacked."""
+    if setting.stream == "off" or not size.packs(setting):
+        return 0.0
+    moved = 2 * size.block_bytes(block, "none", each) / rates.of_layers[1]
+    return moved if setting.quant == "none" else unpacking(block, setting.quant, each, rates)
+
+
 def step(profile: Profile, setting: size.Setting, rates: Rates) -> Time:
     """Seconds of one optimiser step."""
     each, tokens, compiled = profile.dtype_bytes, setting.micro_tokens, setting.compile
     streamed = setting.stream != "off"
+    comes = set(size.copied(setting, len(profile.blocks))) if streamed else set()
     modes = size.modes_of(setting, len(profile.blocks))
     passes = [[0.0, 0.0], [0.0, 0.0]]
     """Seconds of compute and of copies, forward and backward."""
     times: dict[tuple[int, str], tuple[float, float]] = {}
-    for block, mode in zip(profile.blocks, modes):
+    for i, (block, mode) in enumerate(zip(profile.blocks, modes)):
         if (key := (id(block), mode)) not in times:
             times[key] = _turns(profile, block, mode, setting, rates)
         _, away = size.kept_bytes(block, mode, tokens, compiled)
         sent = away * setting.rows / rates.copy
-        if streamed:
+        if i in comes:
             weights = size.block_bytes(block, setting.quant, each)
             sent += weights / (rates.copy if setting.stream == "host" else min(rates.copy, rates.disk))
         for way, seconds in zip(passes, times[key]):
             way[0], way[1] = way[0] + seconds * setting.rows, way[1] + sent
     if streamed:
         passes[0][1] += (profile.head or profile.embedding) * each / rates.copy
-    compute, copies = (sum(way[i] for way in passes) for i in (0, 1))
+    compute, copies = (sum(way[at] for way in passes) for at in (0, 1))
     total = sum(max(way) + min(way) * (1 - constants.OVERLAP) for way in passes)
     rest = _head(profile, setting, rates) * setting.rows + 7 * size.FLOAT32 * profile.trained / rates.bandwidth
     rest += constants.STEP_SECONDS if rates.queued else 0.0
@@ -125,14 +135,14 @@ def _turns(profile: Profile, block: Block, mode: str, setting: size.Setting, rat
     """Seconds of a block's forward and backward pass on one row; what is done once for all rows, by row."""
     tokens, compiled = setting.micro_tokens, setting.compile
     seen = attention(block, tokens, setting.sequence, rates)
-    float_copy = unpacking(block, setting.quant, profile.dtype_bytes, rates)
-    float_copy /= 1 if size.unpacks_rows(setting) else setting.rows
+    float_copy = unpacking(block, setting.quant, profile.dtype_bytes, rates) if size.unpacks_rows(setting) else 0.0
+    once = arriving(block, setting, profile.dtype_bytes, rates) / setting.rows
     starts = constants.UNPACK_CALLS * len(block.linears) if setting.quant != "none" and not compiled else 0
     forward, backward = (
         of_ops(ops, tokens, rates, compiled, setting.graphs, seen * share + float_copy, starts)
         for ops, share in ((block.forward_ops, 1), (block.backward_ops, constants.ATTENTION_BACKWARD))
     )
-    return forward, backward + forward * _again(mode, compiled)
+    return forward + once, backward + forward * _again(mode, compiled) + once
 
 
 def _again(mode: str, compiled: bool) -> float:

@@ -28,9 +28,10 @@ def print_plan(plan: Plan, console: Console, title: str, notes: list[str]) -> No
     """The chosen setting with its memory, the next best, and why the others were not taken."""
     console.print(title, soft_wrap=True)
     console.print(_settings([plan.chosen, *plan.runners_up]))
-    if any(option.setting.keep for option in [plan.chosen, *plan.runners_up]):
+    options = [plan.chosen, *plan.runners_up]
+    if any(option.setting.keep for option in options):
         console.print("+n: the last n blocks are kept all the same (train.keep_blocks)", style="dim")
-    _explain_place(console, [plan.chosen, *plan.runners_up])
+    _explain_place(console, options)
     console.print(_memory(plan))
     console.print()
     console.print(_not_taken(plan))
@@ -53,12 +54,16 @@ def _settings(options: list[Option]) -> Table:
 
 def _place(setting: Setting) -> str:
     """What of the base is not on the device."""
+    if setting.resident:
+        return f"{setting.stream} −{setting.resident}"
     return "off*" if setting.embedding == "host" and setting.stream == "off" else setting.stream
 
 
 def _explain_place(console: Console, options: list[Option]) -> None:
     if any(_place(option.setting) == "off*" for option in options):
         console.print("*: only the input embedding is in host memory (train.embedding: host)", style="dim")
+    if any(option.setting.resident for option in options):
+        console.print("−n: n blocks stay on the device (train.resident_blocks)", style="dim")
 
 
 def _numbers(option: Option) -> tuple[str, ...]:

@@ -84,32 +84,41 @@ def _plan(config: TrainConfig, here: Machine, stated: bool) -> Plan:
 
 
 def _given(config: TrainConfig, axis: str) -> Any:
-    """What the user wrote for an axis; None where nothing."""
-    section, key = KEYS[axis]
-    owner = getattr(config, section) if section else config
-    return getattr(owner, key) if key in owner.model_fields_set else None
+    """What the user wrote for an axis; None where nothing, or auto."""
+    owner, key = _place(config, axis)
+    return value if key in owner.model_fields_set and (value := getattr(owner, key)) != "auto" else None
 
 
 def _value(config: TrainConfig, axis: str) -> Any:
+    """What an axis is without a plan."""
+    value = getattr(*_place(config, axis))
+    return 0 if value == "auto" else value
+
+
+def _place(config: TrainConfig, axis: str) -> tuple[Any, str]:
+    """The section of the configuration that has an axis, and its key there."""
     section, key = KEYS[axis]
-    return getattr(getattr(config, section) if section else config, key)
+    return (getattr(config, section) if section else config), key
 
 
 def _taken(config: TrainConfig, plan: Plan) -> TrainConfig:
     """The configuration with the plan's choices where its user made none."""
     made = config.model_copy(deep=True)
-    for axis, (section, key) in KEYS.items():
-        if _given(config, axis) is None:
-            setattr(getattr(made, section) if section else made, key, getattr(plan.chosen.setting, axis))
+    for axis in KEYS:
+        value = getattr(plan.chosen.setting, axis)
+        if _given(config, axis) is None and value != _value(config, axis):
+            setattr(*_place(made, axis), value)
     return made
 
 
 def adopt(config: TrainConfig, run: Path) -> TrainConfig:
-    """For a run that is resumed: what was chosen when it began, where the user does not say otherwise."""
+    """For a run that is resumed: what was chosen when it began, where the user does not say otherwise. How many blocks stay
+    on the device goes with where the others are."""
     made, old = config.model_copy(deep=True), TrainConfig.load(run / "config.yaml")
-    for axis, (section, key) in KEYS.items():
-        if _given(config, axis) is None:
-            setattr(getattr(made, section) if section else made, key, _value(old, axis))
+    for axis in KEYS:
+        owner, key = _place(made, axis)
+        if key not in owner.model_fields_set and (axis != "resident" or made.train.stream == old.train.stream):
+            setattr(owner, key, getattr(*_place(old, axis)))
     return made
 
 
@@ -158,7 +167,8 @@ def ways_down(config: TrainConfig, plan: Plan | None, cuda: bool, longest: int) 
     dial, tokens = config.train.checkpointing, config.train.micro_batch_tokens
     if plan is not None and plan.steps_down:
         return [(o.setting.dial, o.setting.micro_tokens) for o in plan.steps_down]
-    first = [(dial, tokens)] if config.train.keep_blocks else []  # a step down keeps no blocks
+    spent = config.train.keep_blocks or _value(config, "resident")
+    first = [(dial, tokens)] if spent else []  # a step down keeps no blocks, and lets none stay on the device
     order = ["keep", "selective", "recompute"] + (["recompute-offload"] if cuda else [])
     at = order.index(dial) if dial in order else len(order) - (1 if cuda else 2)
     found = first + [(other, tokens) for other in order[at + 1 :] if cuda or other != "selective"]

@@ -137,13 +137,16 @@ class Gradients:
         if not self.ways_down:
             raise budget.exhausted(error, self.longest) from None
         (dial, self.row_tokens), *self.ways_down = self.ways_down
+        passing = ", no blocks stay on the device" if self.streamed and self.fast.base.conveyor.stay else ""
         self.note(
-            f"warning: out of memory: from here on checkpointing {dial} and rows of {self.row_tokens:,} tokens; the step "
-            f"is done again ({str(error).splitlines()[0][:100]})"
+            f"warning: out of memory: from here on checkpointing {dial} and rows of {self.row_tokens:,} tokens{passing}; the "
+            f"step is done again ({str(error).splitlines()[0][:100]})"
         )
         release(self.device)  # a streamed base makes its buffers anew
         before = self.fast
         before.__exit__(None, None, None)
+        if self.streamed:
+            before.base.conveyor.let_pass()
         self.optimizer.zero_grad()
         self.fast = self._accelerated(dial)
         if self.streamed:

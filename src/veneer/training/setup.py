@@ -36,6 +36,7 @@ MAY_CHANGE = {
     "out",
     "device",
     "train.stream",
+    "train.resident_blocks",
     "train.vram",
     "train.save_every",
     "train.keep_checkpoints",
@@ -138,7 +139,8 @@ def open_base(config: TrainConfig) -> tuple[torch.nn.Module, Any]:
     if config.train.stream == "off":
         model, tokenizer = load_base(config.model, **options)
     else:
-        model, tokenizer = load_streamed(config.model, where=config.train.stream, **options)
+        resident = 0 if config.train.resident_blocks == "auto" else config.train.resident_blocks
+        model, tokenizer = load_streamed(config.model, where=config.train.stream, resident=resident, **options)
     if config.adapter.new_tokens:
         add_tokens(model, tokenizer, config.adapter.new_tokens)
     return model, tokenizer
