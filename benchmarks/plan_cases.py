@@ -164,7 +164,8 @@ def cpu_cases() -> list[Case]:
 
 def smoke_cases() -> list[Case]:
     tiny = [Case("tiny", 0, "none", (64, 64), 4, dial) for dial in ("keep", "recompute", "offload")]
-    return [*tiny, Case("tiny", 0, "none", (64, 64), 4, "recompute", stream="host")]
+    streamed = Case("tiny", 0, "none", (64, 64), 4, "recompute", stream="host")
+    return [*tiny, streamed, replace(streamed, resident=2)]
 
 
 def gigabytes(case: Case, resting: bool = False) -> float:

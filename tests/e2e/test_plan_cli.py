@@ -46,6 +46,19 @@ def test_as_json(cli, model):
     assert (fixed["dial"], fixed["sequence"], fixed["tokens"]) == ("recompute", 512, 4096)
 
 
+def test_what_is_left_of_the_memory_keeps_blocks_on_the_device(cli, model):
+    """Few tokens a step, so that the copies of an unquantised base are not hidden, on 12 GB of which a few would do."""
+    options = ("--device", "card", "--vram", "12GB", "--ram", "64GB", "--quant", "none", "--seq", "512")
+    options += ("--tokens-per-step", "512", "--set", "train.stream=host", "--set", "train.checkpointing=recompute")
+    chosen = json.loads(cli("plan", model, *options, "--json").out)["chosen"]
+    count = chosen["setting"]["resident"]
+    assert 16 <= count < 32 and 11e9 < chosen["wanted"] <= 12e9
+    shown = cli("plan", model, *options).out
+    assert f"host −{count}" in shown and "train.resident_blocks" in shown
+    none = json.loads(cli("plan", model, *options, "--set", "train.resident_blocks=0", "--json").out)["chosen"]
+    assert none["need"]["total"] < 5e9 and none["time"]["copies"] > 2 * chosen["time"]["copies"]
+
+
 def test_cards(cli, model):
     cards = json.loads(cli("plan", model, "--gpus", "--ram", "64GB", "--json").out)
     assert [card["card"] for card in cards] == [card.name for card in CARDS]
@@ -60,7 +73,12 @@ def test_cards(cli, model):
         (["--vram", "8"], "a unit goes with it"),
         (["--vram", "8GB", "--ram", "1GB"], "of host memory"),
         (["--vram", "8GB", "--set", "train.lr=1"], "a plan takes adapter's keys"),
-        (["--vram", "8GB", "--set", "train.stream=moon"], "use off, host or disk"),
+        (["--vram", "8GB", "--set", "train.stream=moon"], "should be 'off', 'host' or 'disk'"),
+        (["--vram", "8GB", "--set", "train.resident_blocks=4"], "train.stream is off"),
+        (
+            ["--vram", "8GB", "--set", "train.stream=host", "--set", "train.resident_blocks=33"],
+            "33 is more than the model's 32 blocks",
+        ),
         (["--vram", "8GB", "--device", "tpu"], "cuda or cpu"),
         (["--vram", "8GB", "--targets", "nothing_here"], "nothing_here"),
     ],

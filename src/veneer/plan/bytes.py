@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil, prod
+from operator import add
 from typing import TYPE_CHECKING
 
 from veneer.adapter.blocks import spread, staying
@@ -211,6 +212,12 @@ def block_bytes(block: Block, quant: str, each: int) -> float:
     return sum(packed(n, quant, each) for n in block.linears) + block.other * each
 
 
+def blocks_bytes(profile: Profile, quant: str) -> list[float]:
+    """The frozen weights of each block."""
+    known = {key: block_bytes(b, quant, profile.dtype_bytes) for key, b in {id(b): b for b in profile.blocks}.items()}
+    return [known[id(block)] for block in profile.blocks]
+
+
 def passing(setting: Setting, blocks: int) -> list[int]:
     """Which blocks of a streamed base come and go."""
     stay = staying(blocks, setting.resident)
@@ -234,7 +241,7 @@ def base_bytes(profile: Profile, setting: Setting) -> float:
     """The frozen weights on the device. Of a streamed base those blocks that stay, a few others and two pieces of the head
     are; a packed one has besides the blocks as they come one as it is computed with, which blocks that stay pass too."""
     each = profile.dtype_bytes
-    blocks = [block_bytes(block, setting.quant, each) for block in profile.blocks]
+    blocks = blocks_bytes(profile, setting.quant)
     beside = [block.beside * each if packs(setting) else 0 for block in profile.blocks]
     if setting.stream == "off":
         away = profile.movable if embedding_away(profile, setting) else 0
@@ -244,7 +251,7 @@ def base_bytes(profile: Profile, setting: Setting) -> float:
     buffers = sum(blocks) - sum(blocks[i] for i in come)
     buffers += slots(setting, len(come)) * max((blocks[i] for i in come), default=0.0)
     if packs(setting):
-        buffers += max(block_bytes(b, "none", each) + extra for b, extra in zip(profile.blocks, beside))
+        buffers += max(map(add, blocks_bytes(profile, "none"), beside))
     return buffers + min(head, 2 * constants.STREAM_HEAD_CHUNK) + profile.rest * each
 
 
@@ -391,8 +398,7 @@ def need(profile: Profile, setting: Setting, *, cuda: bool = True, context: floa
     besides = context if context is not None else constants.CONTEXT if cuda else constants.HOST_BASELINE
     held = 0.0
     if setting.stream == "host":  # those that stay on the device too: what modules see between their turns
-        held = sum(block_bytes(b, setting.quant, each) for b in profile.blocks)
-        held += (profile.embedding + profile.head) * each
+        held = sum(blocks_bytes(profile, setting.quant)) + (profile.embedding + profile.head) * each
     table = profile.movable * each if embedding_away(profile, setting) else 0
     if not cuda:
         parts["base"] += held + table

@@ -106,6 +106,7 @@ def step(profile: Profile, setting: size.Setting, rates: Rates) -> Time:
     each, tokens, compiled = profile.dtype_bytes, setting.micro_tokens, setting.compile
     streamed = setting.stream != "off"
     comes = set(size.copied(setting, len(profile.blocks))) if streamed else set()
+    weights = size.blocks_bytes(profile, setting.quant)
     modes = size.modes_of(setting, len(profile.blocks))
     passes = [[0.0, 0.0], [0.0, 0.0]]
     """Seconds of compute and of copies, forward and backward."""
@@ -116,8 +117,7 @@ def step(profile: Profile, setting: size.Setting, rates: Rates) -> Time:
         _, away = size.kept_bytes(block, mode, tokens, compiled)
         sent = away * setting.rows / rates.copy
         if i in comes:
-            weights = size.block_bytes(block, setting.quant, each)
-            sent += weights / (rates.copy if setting.stream == "host" else min(rates.copy, rates.disk))
+            sent += weights[i] / (rates.copy if setting.stream == "host" else min(rates.copy, rates.disk))
         for way, seconds in zip(passes, times[key]):
             way[0], way[1] = way[0] + seconds * setting.rows, way[1] + sent
     if streamed:
