@@ -78,6 +78,21 @@ def test_long_rows_in_chunks_have_the_gradients_of_compiled_blocks(folder, quant
             assert (grad - true).norm() <= 1e-3 * true.norm()
 
 
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_blocks_that_stay_on_the_device_change_nothing(folder, quant, compile):
+    if quant == "nf4":
+        pytest.importorskip("bitsandbytes")
+    options = {"device": "cuda", "dtype": "float32", "quant": quant}
+    wanted = step(load_streamed(folder, **options)[0], "recompute", compile)
+    for where, resident in (("host", 1), ("disk", 4), ("host", 7)):
+        found = step(load_streamed(folder, where=where, resident=resident, **options)[0], "recompute", compile)
+        for (loss, grads), (true_loss, true_grads) in zip(found, wanted, strict=True):
+            torch.testing.assert_close(loss, true_loss, rtol=1e-5, atol=0)
+            for grad, true in zip(grads, true_grads, strict=True):
+                assert (grad - true).norm() <= 1e-4 * true.norm()
+
+
 @pytest.mark.parametrize("where", ["host", "disk"])
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize(("dial", "compile"), [("recompute", False), ("recompute-offload", True), ("mixed", True)])

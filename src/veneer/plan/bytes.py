@@ -151,6 +151,11 @@ class Need:
     def total(self) -> float:
         return self.reserved + self.context
 
+    @property
+    def wanted(self) -> float:
+        """Bytes of the device that a run is given for it: the prediction and the margin."""
+        return self.total * (1 + constants.MARGIN)
+
     def as_dict(self) -> dict[str, int | str]:
         values = asdict(self) | {"allocated": self.allocated, "reserved": self.reserved, "total": self.total}
         return {key: value if isinstance(value, str) else round(value) for key, value in values.items()}

@@ -10,7 +10,6 @@ from typing import Any
 
 from veneer.errors import PlanError
 from veneer.plan import bytes as size
-from veneer.plan import constants
 from veneer.plan.profile import Profile
 from veneer.plan.roofline import Rates, Time, step
 
@@ -49,7 +48,7 @@ class Option:
     @property
     def wanted(self) -> float:
         """Bytes of the device that a run is given for it: the prediction and the margin."""
-        return self.need.total * (1 + constants.MARGIN)
+        return self.need.wanted
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -169,15 +168,12 @@ def with_resident_blocks(profile: Profile, budget: Budget, rates: Rates, fitting
 
 def most(profile: Profile, budget: Budget, rates: Rates, option: Option, what: str) -> Option | None:
     """The setting with the most blocks in `what` (keep or resident) that fits; None where not one does."""
-    low, high, best = 1, len(profile.blocks), None
-    while low <= high:
-        middle = (low + high) // 2
-        tried = judge(profile, budget, rates, replace(option.setting, **{what: middle}, graphs=False))
-        if tried.reason:
-            high = middle - 1
-        else:
-            best, low = tried, middle + 1
-    return best
+    low, high, plain = 0, len(profile.blocks), replace(option.setting, graphs=False)
+    while low < high:
+        middle = (low + high + 1) // 2
+        need = size.need(profile, replace(plain, **{what: middle}), cuda=budget.cuda, context=budget.context)
+        low, high = (low, middle - 1) if lacking(need, budget) else (middle, high)
+    return judge(profile, budget, rates, replace(plain, **{what: low})) if low else None
 
 
 def row_sizes(sequence: int, tokens: int) -> list[int]:
@@ -191,17 +187,21 @@ def row_sizes(sequence: int, tokens: int) -> list[int]:
 
 def judge(profile: Profile, budget: Budget, rates: Rates, setting: size.Setting) -> Option:
     """One setting against a budget; with CUDA graphs where it can have them and there is room for what they keep."""
-    if budget.cuda and size.can_have_graphs(setting) and not setting.graphs:
-        fast = judge(profile, budget, rates, replace(setting, graphs=True))
-        if not fast.reason:
-            return fast
-    need = size.need(profile, setting, cuda=budget.cuda, context=budget.context)
-    option = Option(setting, need, step(profile, setting, rates))
-    if option.wanted > budget.device:
-        return replace(option, reason=f"needs {text(option.wanted)}")
+    graphs = budget.cuda and size.can_have_graphs(setting) and not setting.graphs
+    for tried in (replace(setting, graphs=True), setting) if graphs else (setting,):
+        need = size.need(profile, tried, cuda=budget.cuda, context=budget.context)
+        if not (reason := lacking(need, budget)):
+            break
+    return Option(tried, need, step(profile, tried, rates), reason)
+
+
+def lacking(need: size.Need, budget: Budget) -> str:
+    """Why this does not fit; empty if it does."""
+    if need.wanted > budget.device:
+        return f"needs {text(need.wanted)}"
     if budget.host is not None and need.host > budget.host:
-        return replace(option, reason=f"needs {text(need.host)} of host memory")
-    return option
+        return f"needs {text(need.host)} of host memory"
+    return ""
 
 
 def find(profile: Profile, budget: Budget, rates: Rates, wish: Wish) -> Plan:
