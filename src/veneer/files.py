@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,7 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import AdapterFormatError, RunError
+from filelock import FileLock, Timeout
+
+from veneer.errors import AdapterFormatError, RunError, VeneerError
+
+LOCK = ".lock"
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -35,19 +40,47 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def settle(path: Path) -> None:
+    """Bring a written file or folder to the disk, its files as readable as its folder: safetensors makes them private."""
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            file.chmod(file.parent.stat().st_mode & 0o666)
+        _sync(file)
+
+
+def refusal(error: Exception) -> str | None:
+    """Why the system refused to write, in whichever library's error; None if it did not."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    found = re.search(r"([^:]+) \(os error \d+\)", str(error))  # as safetensors and tokenizers, which are Rust, say it
+    return found[1].strip() if found and not isinstance(error, VeneerError) else None
+
+
+@contextmanager
+def writing(path: Path, kept: str = "; what was there before is kept") -> Iterator[None]:
+    """Raise `RunError` where the disk is full or refuses, whichever library writes inside. `kept` ends its message."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := refusal(error)) is None:
+            raise
+        raise RunError(f"cannot write {path}: {reason}{kept}") from None
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file in one atomic step. Raises `RunError` (disk full, no permission); the old file survives."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):  # the folder may be none
-            temporary.unlink()
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from None
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):  # the folder may be none
+                temporary.unlink()
+            raise
 
 
 @contextmanager
@@ -59,22 +92,39 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
-        old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old") if path.exists() else None
-        if old:
-            os.replace(path, old)
-        os.replace(temporary, path)
-        _sync(path.parent)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from None
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            settle(temporary)
+            old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old") if path.exists() else None
+            if old:
+                os.replace(path, old)
+            os.replace(temporary, path)
+            _sync(path.parent)
+            if old:
+                shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Make a directory and hold it against other processes; `RunError` if one holds it. A killed process lets go."""
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"another process is writing {directory}: wait for it, or choose another --out") from None
+        except NotImplementedError:  # a file system without locks
+            pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -317,3 +317,19 @@ def test_inspect(refused, model_dir, conversations, tmp_path):
     refused("data", "inspect", tmp_path / "none.jsonl", "--model", model_dir, words="none.jsonl")
     data = conversations(tmp_path / "d.jsonl", 2)
     refused("data", "inspect", data, "--model", model_dir, "--format", "xml", words="format")
+
+
+def test_places_where_nothing_can_be_written(refused, adapter, model_dir, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "x"
+    for command in (
+        ("merge", model_dir, adapter),
+        ("combine", adapter, adapter),
+        ("resize", adapter, "--rank", 1),
+        ("export", adapter, "--to", "gguf"),
+        ("export", adapter, "--to", "mlx"),
+    ):
+        refused(*command, "--out", out, words="file")
+    step = ("bench", model_dir, "--rank", 2, "--batch", 1, "--length", 8, "--steps", 1)
+    refused(*step, "--trace", tmp_path, words=["cannot write", "directory"])
+    assert (tmp_path / "file").read_text() == "mine"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterFormatError, ConfigError
+from veneer.files import settle, writing
 from veneer.formats.adapter_file import AdapterFile, read_adapter, write_adapter
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.gguf_model import CONVERTER, TYPES, convert, find_converter, merge_gguf
@@ -171,10 +172,15 @@ def _staged(out: str | Path) -> Iterator[tuple[Path, Path]]:
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists: choose another place")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as folder:
-        built = Path(folder) / f"built{out.suffix}"
-        yield built, Path(folder)
-        if out.is_dir():
-            out.rmdir()
-        os.replace(built, out)
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    built = folder / f"built{out.suffix}"
+    try:
+        with writing(out):
+            folder.mkdir(parents=True)
+            yield built, folder
+            settle(built)
+            if out.is_dir():
+                out.rmdir()
+            os.replace(built, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,7 @@ from veneer.adapter.attach import get_bank
 from veneer.base.checkpoint import find_checkpoint
 from veneer.base.load import load_base, pick_device, pick_dtype
 from veneer.errors import BaseModelError, ConfigError, RunError
+from veneer.files import writing
 from veneer.formats.merge_plan import MergePlan, NotStreamable, plan_merge
 from veneer.formats.merge_write import PLAN, RoundingError, check_file, write_merge
 from veneer.formats.peft import load_adapter
@@ -82,7 +83,8 @@ def merge_checkpoint(
     plan = plan_merge(base, folder, adapter, dtype=chosen, seed=seed, force=force)
     _check_rounding(plan)
     partial = out.with_name(f".{out.name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        partial.parent.mkdir(parents=True, exist_ok=True)
     _check_room(plan, partial)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:

@@ -23,6 +23,7 @@ from veneer.base.load import load_base, pick_device, pick_dtype
 from veneer.config import AdapterConfig, OptimConfig
 from veneer.data.example import TokenizedExample
 from veneer.errors import BaseModelError, ConfigError
+from veneer.files import writing
 from veneer.plan.probe import matmul_rate as matmul_rate
 from veneer.training.accelerate import Accelerated, use_compile
 from veneer.training.flat import FlatOptimizer
@@ -179,13 +180,19 @@ def measure(
 
 
 def trace(step: Step, file: Path) -> None:
-    """One step as a Chrome trace."""
+    """One step as a Chrome trace. Raises `RunError` (disk)."""
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     with profile(activities=kinds) as recorded:
         step()
-    recorded.export_chrome_trace(str(file))
+    with writing(file, kept=""):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+        recorded.export_chrome_trace(str(file))
+        if not file.stat().st_size:  # torch says so in its log alone
+            file.with_name(f"{file.name}.tmp").unlink(missing_ok=True)
+            raise OSError("torch could not write it: is the disk full?")
 
 
 def _wait(device: torch.device) -> None:

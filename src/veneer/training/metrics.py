@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, RunError
+from veneer.files import write_text
 
 FILE_NAME = "metrics.jsonl"
 
@@ -57,12 +58,7 @@ class MetricsLog:
         """Drop the records after `step`, and a torn last line, in one atomic replacement."""
         self._file.close()
         kept = [record for record in read_metrics(self.run_dir) if record.get("step", 0) <= step]
-        temporary = self.path.with_name(FILE_NAME + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
