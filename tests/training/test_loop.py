@@ -302,6 +302,34 @@ def test_disk_full_at_a_checkpoint_keeps_the_one_before(model_dir, chat_file, tm
     assert not list((run / "checkpoints").glob(".*"))
 
 
+def test_killed_before_it_was_a_run_starts_again(model_dir, chat_file, tmp_path, monkeypatch):
+    run, real = tmp_path / "run", loop.write_text
+
+    def killed(path, text):
+        if path.name == "config.yaml":
+            raise KeyboardInterrupt
+        real(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "write_text", killed)
+        veneer.train(config(model_dir, chat_file, run, max_steps=2))
+    assert [p.name for p in run.iterdir()] == ["provenance.json"]
+    assert veneer.train(config(model_dir, chat_file, run, max_steps=2)).stopped == "finished"
+
+
+def test_two_runs_do_not_share_a_directory(model_dir, chat_file, tmp_path):
+    run = tmp_path / "run"
+
+    def second(record):
+        if record["type"] == "train":
+            for resume in (False, True):
+                with pytest.raises(RunError, match="another process is writing|already holds a run"):
+                    veneer.train(config(model_dir, chat_file, run, max_steps=2), resume=resume)
+
+    result = veneer.train(config(model_dir, chat_file, run, max_steps=2), observe=second)
+    assert result.stopped == "finished" and not (run / ".lock").exists()
+
+
 def test_nan_stops_the_run_and_keeps_the_batch(model_dir, chat_file, tmp_path):
     with pytest.raises(TrainingDiverged, match="bad_batch.json"):
         veneer.train(config(model_dir, chat_file, tmp_path / "run", lr=1e30, max_grad_norm=0, warmup=0, epochs=5))

@@ -22,7 +22,7 @@ from veneer.config import TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.data.pack import Row
 from veneer.errors import DataError, RunError, TrainingDiverged, VeneerError
-from veneer.files import write_text
+from veneer.files import claimed, write_text
 from veneer.formats.peft import read_tensors, save_adapter
 from veneer.plan.fit import Plan
 from veneer.training import budget
@@ -32,7 +32,7 @@ from veneer.training.flat import FlatOptimizer
 from veneer.training.gradients import Gradients
 from veneer.training.metrics import MetricsLog
 from veneer.training.optim import correct_lora_fa, lr_factor, set_lr, warmup_steps
-from veneer.training.setup import Setup, check_out, check_resumable, prepare_run, start_directory
+from veneer.training.setup import Setup, check_out, check_resumable, prepare_run
 from veneer.training.signals import Interrupt
 from veneer.training.state import (
     Progress,
@@ -125,16 +125,18 @@ class Trainer:
         Raises `RunError` (directory in use or not resumable, disk full), `TrainingDiverged` (the loss is NaN or
         infinite; the batch is kept in bad_batch.json), and what loading and data raise.
         """
-        setup, state = self._open(resume)
-        try:
-            with self._interrupted, self.gradients.running():
-                return self._steps(setup, state)
-        finally:
-            self.metrics.close()
+        check_out(self.out, resume)
+        with claimed(self.out):
+            setup, state = self._open(resume)
+            try:
+                with self._interrupted, self.gradients.running():
+                    return self._steps(setup, state)
+            finally:
+                self.metrics.close()
 
     def _open(self, resume: bool) -> tuple[Setup, Progress]:
         """Everything up to the first step: directory, data, adapter, checkpoint, metrics."""
-        start_directory(self.out, resume)
+        check_out(self.out, resume)
         tidy(self.out)
         if resume:
             self.config = budget.adopt(self.config, self.out)
@@ -216,7 +218,6 @@ class Trainer:
         return Progress()
 
     def _write_start(self, setup: Setup) -> None:
-        write_text(self.out / "config.yaml", self.config.to_yaml())
         record = setup.provenance(self.config) | {
             "adapter": {
                 "trainable_parameters": self.report.trainable_parameters,
@@ -227,6 +228,7 @@ class Trainer:
             }
         }
         write_text(self.out / "provenance.json", json.dumps(record, indent=2) + "\n")
+        write_text(self.out / "config.yaml", self.config.to_yaml())  # the last: what makes the folder a run
 
     def _steps(self, setup: Setup, state: Progress) -> RunResult:
         options, loss = self.config.train, None

@@ -29,6 +29,7 @@ from veneer.data.example import TokenizedExample
 from veneer.data.parts import part_of
 from veneer.data.prepare import Counts, PreparedData, prepare
 from veneer.errors import DataError, RunError
+from veneer.files import LOCK
 from veneer.formats.peft import base_record
 from veneer.version import __version__
 
@@ -199,17 +200,13 @@ def check_out(out: Path, resume: bool = False) -> None:
         raise RunError(f"{out} holds no run to resume")
     if not resume and started:
         raise RunError(f"{out} already holds a run: continue it with --resume, or choose another --out")
-    if not resume and out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
+    if not resume and out.exists() and (not out.is_dir() or any(not _leftover(p) for p in out.iterdir())):
         raise RunError(f"{out} exists and is not empty: choose another --out")
 
 
-def start_directory(out: Path, resume: bool) -> None:
-    """`check_out`, then make the directory."""
-    check_out(out, resume)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot create {out}: {error.strerror}") from None
+def _leftover(path: Path) -> bool:
+    """Whether a run that was killed before it was one may have left this file."""
+    return path.suffix == ".tmp" or path.name in (LOCK, "provenance.json")
 
 
 def check_resumable(out: Path, config: TrainConfig, setup: Setup) -> None:

@@ -21,7 +21,7 @@ import torch
 from veneer.adapter.attach import BANK, detach, get_bank, planned
 from veneer.config import TrainConfig, read_yaml
 from veneer.errors import ConfigError, RunError, VeneerError
-from veneer.files import new_directory, write_text
+from veneer.files import LOCK, claimed, new_directory, write_text
 from veneer.training.loop import Observer
 from veneer.training.many import Lane, Pool, lone_reason
 from veneer.training.search import better_half, rungs
@@ -99,12 +99,18 @@ class Sweep:
         if (
             not resume
             and self.out.exists()
-            and (not self.out.is_dir() or {p.name for p in self.out.iterdir()} - {FILE})
+            and (not self.out.is_dir() or {p.name for p in self.out.iterdir()} - {FILE, LOCK})
         ):
             held = (self.out / FILE).exists()
             what = "already holds a sweep: continue it with --resume, or" if held else "exists and is not empty:"
             raise RunError(f"{self.out} {what} choose another --out")
-        self.write()
+        with claimed(self.out):
+            self.write()
+            self._stages()
+            self.write()
+        return self
+
+    def _stages(self) -> None:
         with Interrupt() as self.interrupt:
             stages = [*(rungs(len(self.trials)) if self.options.search == "halving" else []), 1.0]
             for number, share in enumerate(stages):
@@ -113,8 +119,6 @@ class Sweep:
                     break
                 if share < 1 and number == self.cuts:
                     self._cut(share)
-        self.write()
-        return self
 
     @property
     def interrupted(self) -> bool:
@@ -263,7 +267,7 @@ class Sweep:
 
 def started(run: Path) -> bool:
     """Whether a run can be resumed; one that was killed before it had written its start is cleared away."""
-    if (run / "provenance.json").exists():
+    if (run / "config.yaml").exists():
         return True
     shutil.rmtree(run, ignore_errors=True)
     return False
