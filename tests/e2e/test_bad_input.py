@@ -278,6 +278,34 @@ def test_adapter_files(refused, adapter, tmp_path):
     ask(refused, tmp_path, words="neither")
 
 
+@pytest.mark.parametrize(
+    "file, change, words",
+    [
+        ("adapter_config.json", {"r": "x"}, ": r is damaged"),
+        ("adapter_config.json", {"r": 0}, ": r is damaged"),
+        ("adapter_config.json", {"lora_alpha": None}, ": lora_alpha is damaged"),
+        ("adapter_config.json", {"rank_pattern": [1]}, ": rank_pattern is damaged"),
+        ("adapter_config.json", {"alpha_pattern": {"(": 3}}, "'(' is no regular expression"),
+        ("adapter_config.json", {"target_modules": 5}, ": target_modules is damaged"),
+        ("veneer.json", {"base": 5}, "veneer.json is damaged: base"),
+        ("veneer.json", {"base": {"fingerprint": 5}}, "veneer.json is damaged: base"),
+        ("veneer.json", {"config": []}, None),
+        ("veneer.json", {"config": "x"}, "veneer.json is damaged: config"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_fields_of_another_type(refused, cli, adapter, model_dir, tmp_path, file, change, words):
+    values = json.loads((adapter / file).read_text())
+    (adapter / file).write_text(json.dumps(values | change))
+    if words is None:
+        assert cli("resize", adapter, "--rank", 1, "--out", tmp_path / "out").code == 0
+        return
+    for command in (("merge", model_dir, adapter), ("combine", adapter, adapter), ("resize", adapter, "--rank", 1)):
+        refused(*command, "--out", tmp_path / "out", words=words)
+    refused("export", adapter, "--to", "gguf", "--out", tmp_path / "out", words=words)
+    refused("generate", adapter, "-p", "hi", "--model", model_dir, words=words)
+
+
 def test_adapter_on_another_base(refused, cli, trained, adapter, tmp_path, tokenizer, model_dir):
     other = tmp_path / "other"
     tiny_llama(seed=9).save_pretrained(other)

@@ -119,7 +119,7 @@ def base_of(adapter: Path) -> str:
     for file, key in (("veneer.json", "base"), ("adapter_config.json", "base_model_name_or_path")):
         value = read_object(adapter / file).get(key) if (adapter / file).exists() else None
         value = value.get("name_or_path") if isinstance(value, dict) else value
-        if value:
+        if isinstance(value, str) and value:
             return value
     raise AdapterFormatError(f"{adapter} does not say which base it is for: pass --model")
 

@@ -18,8 +18,17 @@ from veneer.adapter.attach import get_bank
 from veneer.adapter.slot import swap
 from veneer.adapter.targets import matches_pattern
 from veneer.errors import AdapterFormatError, AdapterStateError
-from veneer.files import new_directory, read_object
-from veneer.formats.peft import CONFIG, PROVENANCE, TENSORS, check_base, read_config, read_tensors, write_json
+from veneer.files import new_directory
+from veneer.formats.peft import (
+    CONFIG,
+    PROVENANCE,
+    TENSORS,
+    check_base,
+    read_config,
+    read_provenance,
+    read_tensors,
+    write_json,
+)
 from veneer.formats.peft_config import as_patterns
 from veneer.formats.peft_tensors import PREFIX
 from veneer.formats.peft_tokens import without_lora
@@ -101,8 +110,7 @@ def read_adapter(path: str | Path, mapped: bool = True) -> AdapterFile:
     layers = {name: _factors(path, name, pair, fields, name in embeddings) for name, pair in found.items()}
     if not (layers or rest):
         raise AdapterFormatError(f"{path / TENSORS} holds no tensor")
-    provenance = read_object(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
-    return AdapterFile(path, fields, provenance, layers, rest)
+    return AdapterFile(path, fields, read_provenance(path), layers, rest)
 
 
 def write_adapter(adapter: AdapterFile, out: str | Path) -> Path:

@@ -36,7 +36,7 @@ from veneer.base.fingerprint import Fingerprint, fingerprint, mismatch
 from veneer.config import AdapterConfig
 from veneer.errors import AdapterFormatError, AdapterStateError, TargetError, WrongBaseError
 from veneer.files import new_directory, read_object
-from veneer.formats.peft_config import adapter_config, check_supported, peft_config, peft_targets
+from veneer.formats.peft_config import adapter_config, check_supported, check_types, peft_config, peft_targets
 from veneer.formats.peft_tensors import PREFIX, adapter_tensors, resolve_paths, split
 from veneer.formats.peft_tokens import PEFT_TYPE, as_lora_fields, as_lora_key, without_lora
 from veneer.version import __version__
@@ -121,8 +121,7 @@ def load_adapter(
 
 def new_tokens_of(path: Path) -> list[str]:
     """The tokens that an adapter adds to its base's vocabulary."""
-    record = read_object(path / PROVENANCE) if (path / PROVENANCE).exists() else {}
-    return list((record.get("config") or {}).get("new_tokens") or [])
+    return list((read_provenance(path).get("config") or {}).get("new_tokens") or [])
 
 
 def put_on(
@@ -178,7 +177,20 @@ def read_config(path: Path) -> dict[str, Any]:
     if fields.get("peft_type") == PEFT_TYPE:
         fields = as_lora_fields(fields, path)
     check_supported(fields, path)
+    check_types(fields, path / CONFIG)
     return fields
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What veneer.json notes of an adapter, empty without one; `AdapterFormatError` if it is damaged."""
+    file = path / PROVENANCE
+    record = read_object(file) if file.exists() else {}
+    base = record.get("base") or {}
+    if not (isinstance(base, dict) and isinstance(base.get("fingerprint") or {}, dict)):
+        raise AdapterFormatError(f"{file} is damaged: base is no object")
+    if not isinstance(record.get("config") or {}, dict):
+        raise AdapterFormatError(f"{file} is damaged: config is no object")
+    return record
 
 
 def read_tensors(path: Path, mapped: bool = True) -> dict[str, Tensor]:
@@ -204,9 +216,7 @@ def read_tensors(path: Path, mapped: bool = True) -> dict[str, Tensor]:
 
 def check_base(model: nn.Module, path: Path, force: bool, mine: Fingerprint | None = None) -> None:
     """Refuse an adapter whose veneer.json names another base; no file, no check. `mine` spares reading the model."""
-    if force or not (path / PROVENANCE).exists():
-        return
-    base = read_object(path / PROVENANCE).get("base", {})
+    base = {} if force else read_provenance(path).get("base") or {}
     if not base.get("fingerprint"):
         return
     reason = mismatch(

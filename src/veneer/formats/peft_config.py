@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from veneer.adapter import math
@@ -28,6 +29,51 @@ UNSUPPORTED = {
 INIT_NAMES = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 """PEFT's initialisations that change the base; one that was saved under such a name was not converted."""
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error})") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Fields(BaseModel):
+    """The types of those fields of LoraConfig that decide what an adapter computes; the file may hold more."""
+
+    model_config = ConfigDict(strict=True)
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    lora_dropout: float | None = None
+    bias: str | None = None
+    rank_pattern: dict[Pattern, Rank] | None = None
+    alpha_pattern: dict[Pattern, Alpha] | None = None
+    target_modules: Pattern | list[str] | None = None
+    exclude_modules: Pattern | list[str] | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    alora_invocation_tokens: list[int] | None = None
+
+
+def check_types(fields: dict[str, Any], source: object) -> None:
+    """Raise `AdapterFormatError` for a field whose value LoraConfig could not have written."""
+    try:
+        Fields(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, why = first["loc"][0], first["msg"].removeprefix("Value error, ")
+        raise AdapterFormatError(f"{source}: {key} is damaged: {why}") from None
 
 
 def peft_config(bank: Bank, name: str, base_name: str | None) -> dict[str, Any]:
