@@ -56,6 +56,9 @@ def test_every_option_reaches_the_method(cli, two, tmp_path):
         (["--method", "linear"], "use cat or svd"),
         (["--dtype", "int8"], "--dtype"),
         (["--model", "x"], "--tune-on"),
+        (["--scale", "nan"], "scale is what"),
+        (["--weights", "1e39,1"], "beyond float32 at"),
+        (["--weights", "1e9,1", "--dtype", "float16"], "beyond float16 at"),
     ],
 )
 def test_mistakes_are_one_line(cli, two, tmp_path, arguments, says):

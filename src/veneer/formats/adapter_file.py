@@ -130,6 +130,9 @@ def write_adapter(adapter: AdapterFile, out: str | Path) -> Path:
         leaves = ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
         tensors |= {f"{PREFIX}{name}.{leaf}": value for leaf, value in zip(leaves, (f.lora_A, f.lora_B))}
     tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    if broken := next((key for key, value in tensors.items() if not value.isfinite().all()), None):
+        dtype = str(tensors[broken].dtype).removeprefix("torch.")
+        raise AdapterFormatError(f"the result is beyond {dtype} at {broken.removeprefix(PREFIX)}: nothing was written")
     if not layers and fields.get("trainable_token_indices"):
         fields, tensors = without_lora({"target_modules": [], "target_parameters": None} | fields, tensors, None)
     with new_directory(out) as folder:

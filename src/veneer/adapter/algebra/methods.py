@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -115,6 +116,8 @@ def plan(method: str, **settings: object) -> Plan:
         raise ConfigError("cat is exact and its rank the sum of all: use svd for a smaller one")
     if given.rank is not None and given.rank < 1:
         raise ConfigError(f"rank must be at least 1, not {given.rank}")
+    if not math.isfinite(given.scale):
+        raise ConfigError(f"scale is what the result is multiplied by, a finite number, not {given.scale}")
     if own.sparsify is None:
         for key in ("space", "density", "gamma", "epsilon"):
             if getattr(given, key) is not None:
