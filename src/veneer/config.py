@@ -7,7 +7,7 @@ key, a wrong type or a value out of range is a `ConfigError` of one line that na
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -16,6 +16,7 @@ from veneer import combinations
 from veneer.errors import ConfigError
 from veneer.sections import Section
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Quant = Literal["none", "nf4", "fp4", "int8", "int8-torchao", "int4-torchao", "hqq"]
 
 
@@ -111,7 +112,7 @@ class AdapterConfig(Section):
     trainable_tokens: list[int] | dict[str, list[int]] | None = None
     """Token ids whose embedding rows are trained in full (a list: in the input embedding and a head tied to it; a
     mapping: by module name)."""
-    new_tokens: list[str] = Field(default_factory=list)
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
     """Tokens that the tokenizer is given; the vocabulary grows, and of its rows only theirs are trained."""
     invocation: str | list[int] | None = Field(None, min_length=1)
     """Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397): the adapter acts only from the last occurrence of this
@@ -213,7 +214,7 @@ class OptimConfig(Section):
     """With adapter.lora_fa: correct B's gradient by (A Aᵀ)⁻¹/s², so that ΔW follows full fine-tuning the nearest."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's moment decay rates."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""

@@ -39,7 +39,9 @@ ELSEWHERE = {
 class Section(BaseModel):
     """Base of the configuration classes: unknown keys are errors, and errors are `ConfigError`."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

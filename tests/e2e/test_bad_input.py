@@ -122,6 +122,12 @@ def test_template_that_refuses_the_roles(train, refused, tmp_path, model_dir):
         (["--on-bad-row", "cry"], "skip"),
         (["--targets", "q_prj,v_proj"], "q_prj"),
         (["--rank", "400"], "rank 400"),
+        (["--lr", "inf"], ["train.lr", "finite"]),
+        (["--alpha", "inf"], ["adapter.alpha", "finite"]),
+        (["--epochs", "inf"], ["train.epochs", "finite"]),
+        (["--set", "train.warmup=.inf"], ["train.warmup", "finite"]),
+        (["--set", "train.betas=[0.9, 1.0]"], "train.betas"),
+        (["--new-tokens", ""], "adapter.new_tokens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )
@@ -313,6 +319,12 @@ def test_adapter_on_another_base(refused, cli, trained, adapter, tmp_path, token
     ask(refused, adapter, "--model", other, words=["another base", str(model_dir), "--force"])
     assert cli("generate", adapter, "-p", "hi", "--max-new-tokens", 3, "--model", other, "--force").code == 0
     ask(refused, adapter, "--model", trained / "adapter", words="is an adapter")
+
+
+def test_a_seed_that_torch_cannot_take(cli, adapter):
+    for seed in (-1, 2**64):
+        done = cli("generate", adapter, "-p", "hi", "--temperature", 1, "--seed", seed)
+        assert done.code == 2 and "--seed" in done.err and "Traceback" not in done.err
 
 
 def test_no_room_in_the_context(refused, adapter):

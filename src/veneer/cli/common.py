@@ -27,7 +27,7 @@ Force = Annotated[bool, typer.Option("--force", help="Use the adapter even on an
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
 
 
 class Display:
