@@ -143,6 +143,7 @@ BAD_FILES = {
     "not parquet": ("f.parquet", "PAR1 hello", "f.parquet: not a readable Parquet file: "),
     "empty parquet": ("f.parquet", "", "f.parquet: not a readable Parquet file: "),
     "unknown type": ("f.docx", "x", "f.docx: unknown file type '.docx'; rename or convert it to one of .jsonl"),
+    "packed": ("f.jsonl.gz", b"\x1f\x8b", "f.jsonl.gz: compressed data are not read; unpack the file first"),
     "no extension": ("data", "x", "data: a file without an extension; rename or convert"),
 }
 

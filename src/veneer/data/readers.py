@@ -25,6 +25,7 @@ BATCH_ROWS = 256
 BUFFER_BYTES = 1 << 20
 BUNDLED = {"bundled": "train", "bundled:heldout": "heldout"}
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".7z", ".tar")
 NOT_UTF8 = "not valid UTF-8"
 
 RowOrError = Row | RowError
@@ -95,6 +96,8 @@ def _is_data(path: Path) -> bool:
 
 def _reader_of(path: Path) -> Callable[[Path, str, str], Iterator[RowOrError]]:
     reader = READERS.get(path.suffix.lower())
+    if path.suffix.lower() in PACKED:
+        raise DataError(f"{path}: compressed data are not read; unpack the file first")
     if reader is None:
         found = f"unknown file type {path.suffix!r}" if path.suffix else "a file without an extension"
         raise DataError(f"{path}: {found}; rename or convert it to one of {', '.join(READERS)}")
