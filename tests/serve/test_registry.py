@@ -128,7 +128,7 @@ def test_what_rows_cannot_share_is_refused(registry, inside, options, reason):
 
 def test_damaged_files_and_other_bases_are_refused(registry, inside):
     write(inside / "other", 1, model=tiny_llama(seed=5))
-    with pytest.raises(WrongBaseError):
+    with pytest.raises(WrongBaseError, match="load that base$"):  # a server has no --force
         registry.load("x", "other")
     write(inside / "wide", 1, model=tiny_llama(hidden_size=48))
     (inside / "wide" / "veneer.json").unlink()

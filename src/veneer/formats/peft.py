@@ -214,8 +214,9 @@ def read_tensors(path: Path, mapped: bool = True) -> dict[str, Tensor]:
         raise AdapterFormatError(f"{file} is damaged or cut short: {error}") from None
 
 
-def check_base(model: nn.Module, path: Path, force: bool, mine: Fingerprint | None = None) -> None:
-    """Refuse an adapter whose veneer.json names another base; no file, no check. `mine` spares reading the model."""
+def check_base(model: nn.Module, path: Path, force: bool | None, mine: Fingerprint | None = None) -> None:
+    """Refuse an adapter whose veneer.json names another base; no file, no check. `force` None: who asks cannot. `mine` spares
+    reading the model."""
     base = {} if force else read_provenance(path).get("base") or {}
     if not base.get("fingerprint"):
         return
@@ -225,7 +226,7 @@ def check_base(model: nn.Module, path: Path, force: bool, mine: Fingerprint | No
     if reason:
         raise WrongBaseError(
             f"{path} was trained on another base ({base.get('name_or_path') or 'unnamed'}): {reason}; "
-            f"load that base, or pass force=True (--force) to use this one all the same"
+            f"load that base" + ("" if force is None else ", or pass force=True (--force) to use this one all the same")
         )
 
 

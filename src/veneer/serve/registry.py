@@ -207,7 +207,7 @@ class Registry:
 
     def _read(self, where: Path) -> Content:
         check_files(where, self.allowed, self.max_bytes)
-        check_base(self.model, where, False, self._base)
+        check_base(self.model, where, None, self._base)
         return read_content(where, self.targets, self.dtype, self.device.type == "cuda", self.max_rank)
 
     def _refill(self, content: Content) -> None:
