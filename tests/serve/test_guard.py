@@ -55,7 +55,7 @@ def test_other_hosts_and_pages_are_refused(serve):
         ):
             assert http.get("/v1/models", headers={"Host": host}).status_code in (400, 403), host
         assert http.get("/v1/models", headers={"Origin": served.url}).status_code == 200
-        for origin in ("http://evil.example", "null", f"http://localhost:{port}", "http://127.0.0.1:1"):
+        for origin in ("http://evil.example", "null", f"http://localhost:{port}", "http://127.0.0.1:1", "http://["):
             found = http.post("/v1/chat/completions", json=CHAT, headers={"Origin": origin})
             assert found.status_code == 403, origin
             assert not [name for name in found.headers if name.startswith("access-control")]
@@ -185,7 +185,7 @@ def http(adapters, tokenizer):
     registry = Registry(tiny_llama(), allowed=[adapters[0]], max_rank=8)
 
     class Engine:
-        stats = staticmethod(dict)
+        stats, limit, fault = staticmethod(dict), 8, None
 
     options = {"base": "tiny", "context": 64, "allowed": [adapters[0]]}
     app = create_app(Engine(), registry, tokenizer, registry.model, **options)

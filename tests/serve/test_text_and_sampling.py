@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.serve.request import Sampling
-from veneer.serve.sampling import choose, logprobs
+from veneer.serve.sampling import choose, generator, logprobs
 from veneer.serve.slots import common_start
 from veneer.serve.text import StopFilter, TextStream
 
@@ -88,3 +88,11 @@ def test_common_start(one, other):
     length = common_start(one, other)
     assert one[:length] == other[:length]
     assert length == min(len(one), len(other)) or one[length] != other[length]
+
+
+def test_the_coldest_temperatures_are_greedy_and_negative_seeds_their_own():
+    logits = torch.randn(3, 90, generator=torch.Generator().manual_seed(3)) * 20
+    for temperature in (1e-7, 1e-40, 1e-300):
+        rules = [Sampling(1, temperature, top_k=k, top_p=p) for k, p in ((0, 1.0), (5, 1.0), (0, 0.9))]
+        assert choose(logits, rules, [0.1, 0.5, 0.99]).tolist() == logits.argmax(-1).tolist()
+    assert len({generator(seed).random() for seed in (-2, -1, 0, 1, 2, -(2**70), 2**70)}) == 7

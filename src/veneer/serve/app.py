@@ -20,7 +20,7 @@ from veneer.serve.asked import Asked, Reader
 from veneer.serve.guard import Guard
 from veneer.serve.guided import Guide
 from veneer.serve.names import UnknownModel, parse_model
-from veneer.serve.problems import STATUSES, TEXT_STATUSES, add_handlers
+from veneer.serve.problems import STATUSES, TEXT_STATUSES, ApiError, add_handlers
 from veneer.serve.prometheus import CONTENT_TYPE, Counted, Metrics
 from veneer.serve.request import Piece
 from veneer.serve.schema import (
@@ -81,12 +81,14 @@ def create_app(
     add_handlers(app)
     vocabulary = model.config.get_text_config().vocab_size
     guide = Guide(tokenizer, vocabulary=vocabulary, ends=end_tokens(model, tokenizer))
-    reader = Reader(tokenizer, context=context, vocabulary=vocabulary, guide=guide)
+    reader = Reader(tokenizer, context=context, vocabulary=vocabulary, guide=guide, most=engine.limit)
     add_openai_routes(app, engine, registry, reader, base=base)
     add_adapter_routes(app, registry, base=base, allowed=[Path(folder) for folder in allowed])
 
     @app.get("/health", response_model=Health, responses=STATUSES)
     async def health() -> dict[str, str]:
+        if engine.fault is not None:
+            raise ApiError(503, f"the engine failed: {engine.fault}", "server_error")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=TEXT_STATUSES)

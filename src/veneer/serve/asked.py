@@ -69,10 +69,12 @@ def check_known(body: Sampled) -> None:
 
 
 class Reader:
-    """Reads bodies for one model. `context` is the engine's, `vocabulary` the number of tokens that the model knows."""
+    """Reads bodies for one model. `context` is the engine's, `vocabulary` the number of tokens that the model knows,
+    `most` the answers that it can have at work and waiting."""
 
-    def __init__(self, tokenizer: Any, *, context: int, vocabulary: int, guide: Guide) -> None:
+    def __init__(self, tokenizer: Any, *, context: int, vocabulary: int, guide: Guide, most: int) -> None:
         self.tokenizer, self.context, self.vocabulary, self.guide = tokenizer, context, vocabulary, guide
+        self.most = min(most, MAX_CHOICES)
 
     def chat(self, body: ChatRequest, adapters: Stack) -> Asked:
         """A chat as engine requests. Raises `ApiError`."""
@@ -109,8 +111,9 @@ class Reader:
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options goes with stream: true", param="stream_options")
         n = body.n or 1
-        if n * len(prompts) > MAX_CHOICES:
-            raise ApiError(400, f"{n} choices of {len(prompts)} prompts are over {MAX_CHOICES} answers", param="n")
+        if n * len(prompts) > self.most:
+            said = f"{n} choices of {len(prompts)} prompts are over {self.most} answers, the most for a request here"
+            raise ApiError(400, said, param="n")
         grammar, values = self._grammar(body), self._sampling(body, max_tokens, logprobs)
         requests = []
         for prompt in prompts:

@@ -37,6 +37,15 @@ class SlotCache:
         for n, part in enumerate((key, value)):
             self.store[layer, n].view(-1, self.store.shape[-1]).index_copy_(0, where, part.reshape(-1, part.shape[-1]))
 
+    def clean(self, slot: int, length: int) -> bool:
+        """Whether the first tokens of a slot are finite. If not, the slot is emptied: rows read beyond their own tokens,
+        times zero, and a NaN that lay there would be in the answers of those that come after."""
+        kept = self.store[:, :, slot, :, :length]
+        if not length or all(bound.isfinite() for bound in kept.aminmax()):
+            return True
+        self.store[:, :, slot].zero_()
+        return False
+
     def copy(self, source: int, target: int, length: int) -> None:
         """The first tokens of one slot to another."""
         self.store[:, :, target, :, :length].copy_(self.store[:, :, source, :, :length])

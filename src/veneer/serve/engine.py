@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Sequence
 from threading import Condition, Thread
 from time import monotonic
@@ -19,6 +18,7 @@ from veneer.serve.metrics import Metrics
 from veneer.serve.registry import Registry
 from veneer.serve.request import Piece, Request, Sampling, Ticket
 from veneer.serve.runner import Runner
+from veneer.serve.sampling import generator
 from veneer.serve.slots import Running, Slots, shares
 from veneer.serve.step import Step, choose_tokens
 from veneer.serve.text import StopFilter, TextStream
@@ -32,6 +32,8 @@ CHUNK = {"cpu": 64, "cuda": 1024}
 """Tokens of prompts in one pass while answers are being written; they wait for it."""
 LEAST = {"cpu": 16, "cuda": 256}
 """Tokens of a prompt in one pass, unless it ends: fewer prompts at a time are ready sooner than all of them together."""
+
+NOT_FINITE = "the model gave no finite numbers: an adapter is damaged, or too strong for the model's dtype"
 
 
 class Engine:
@@ -68,6 +70,8 @@ class Engine:
         self._in_flight = 0
         self._ids = itertools.count(1)
         self._stop_at: float | None = None
+        self.fault: str | None = None
+        """Why the thread ended, if it was not asked to."""
         self._step: Step | None = None
         """A step that is begun and not settled."""
         self._thread: Thread | None = None
@@ -86,7 +90,8 @@ class Engine:
         self._check(request)
         with self._arrived:
             if self._thread is None or self._stop_at is not None:
-                raise ServeError("the engine is shutting down" if self._stop_at is not None else "start the engine")
+                ended = "shutting down" if self.fault is None else f"no more: it failed ({self.fault})"
+                raise ServeError("start the engine" if self._stop_at is None else f"the engine is {ended}")
             if self._in_flight >= self.limit:
                 raise Overloaded(self.metrics.seconds_for(self._in_flight - len(self.slots.slots)))
             contents = self.registry.acquire([name for name, _ in request.adapters])
@@ -161,7 +166,7 @@ class Engine:
             key,
             TextStream(self.tokenizer),
             StopFilter(tuple(request.sampling.stop)),
-            random.Random(random.getrandbits(64) if seed is None else seed),
+            generator(seed),
             monotonic(),
             list(request.prompt),
         )
@@ -179,10 +184,10 @@ class Engine:
                 self._serve()
         except Exception as error:  # a fault of the engine itself: nobody may wait for an answer for ever
             with self._arrived:
-                self._stop_at = monotonic()
+                self._stop_at, self.fault = monotonic(), f"{error}"[:500]
                 left = self._all() + self._new
             for running in left:
-                running.tell("", "error", f"the engine failed: {error}"[:500])
+                running.tell("", "error", f"the engine failed: {self.fault}")
             raise
 
     def _serve(self) -> None:
@@ -320,10 +325,13 @@ class Engine:
             ]
             self.metrics.generated(len(rows))
             for running, token, note in rows:
-                if running in step.blocked:
-                    self._finish(running, running.stop.add(running.text.rest()) + running.stop.rest(), "stop")
-                else:
-                    self._take(running, token, note)
+                with self._blaming([running]):
+                    if token < 0 or running in step.failed:
+                        self._finish(running, "", "error", step.failed.get(running, NOT_FINITE))
+                    elif running in step.blocked:
+                        self._finish(running, running.stop.add(running.text.rest()) + running.stop.rest(), "stop")
+                    else:
+                        self._take(running, token, note)
 
     def _take(self, running: Running, token: int, note: Any) -> None:
         """Add a chosen token to an answer, tell the reader, and end the answer where it ends."""
@@ -354,6 +362,9 @@ class Engine:
 
     def _finish(self, running: Running, text: str, reason: str, error: str | None = None) -> None:
         """End a request and give back all that it holds; then tell its reader."""
+        if running.slot >= 0:
+            whole = self.runner.cache.clean(running.slot, self.context if reason == "error" else running.filled)
+            running.filled = running.filled if whole and reason != "error" else 0  # what may not be trusted is not kept
         for group in (self._waiting, self._filling, self._writing):
             if running in group:
                 group.remove(running)
@@ -386,6 +397,5 @@ class _Blaming:
         known = isinstance(error, VeneerError)
         for running in self.rows:
             if running.contents is not None and running in self.engine._all():
-                running.filled = 0  # what lies in its slot is not to be trusted
                 self.engine._finish(running, "", "error", text if known else f"the model failed: {text}")
         return True

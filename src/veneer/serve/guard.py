@@ -66,7 +66,7 @@ class Guard:
         if self.hosts is not None and host_of(host) not in self.hosts:
             return ApiError(403, f"this server is not called {host_of(host)[:100]!r}: --allow-host adds a name")
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != host.lower():
+        if origin is not None and _place_of(origin.decode("latin-1")) != host.lower():
             return ApiError(403, "pages of other origins may not use this server")
         if self.key and path not in OPEN:
             given = headers.get(b"authorization", b"")
@@ -76,6 +76,14 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > MAX_BODY:
             return _too_large()
+        return None
+
+
+def _place_of(origin: str) -> str | None:
+    """Host and port of an Origin header, in lower case; None if it is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
         return None
 
 

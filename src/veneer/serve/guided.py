@@ -45,7 +45,9 @@ class Guide:
             # No free white space: a model that is not sure of itself may else write blanks for ever.
             text = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
             problem = LLMatcher.validate_grammar(text, tokenizer)
-        except ValueError as error:
+            if not problem or problem.startswith("WARNING"):
+                JsonGrammar(LLMatcher(tokenizer, text, log_level=0), self.vocabulary).allowed()  # some fail only now
+        except (ValueError, RuntimeError) as error:
             problem = str(error)
         if problem and not problem.startswith("WARNING"):
             said = " ".join(problem.split())[:300]
@@ -65,7 +67,7 @@ class JsonGrammar:
 
         bias = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8)
         if self.matcher.is_error():
-            raise RuntimeError(f"the grammar failed: {self.matcher.get_error()[:200]}")
+            raise RuntimeError(f"the grammar failed: {self.matcher.get_error()[:200]}".partition("\n")[0])
         return bias[: self.vocabulary] != 0
 
     def accept(self, token: int) -> None:

@@ -160,9 +160,8 @@ class Registry:
 
     def failure(self, content: Content) -> str | None:
         """Why a content could not be read again, if it could not."""
-        if content.loading is None or not content.loading.done():
-            return None
-        error = content.loading.exception()
+        loading = content.loading  # once: the reading thread sets it to None
+        error = loading.exception() if loading is not None and loading.done() else None
         return None if error is None else str(error) if isinstance(error, VeneerError) else "its files cannot be read"
 
     def dead(self) -> list[Content]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,13 @@ from veneer.serve.request import Sampling, TokenLogprob
 
 CANDIDATES = 256
 """How many of the most likely tokens are sorted at first where top_p or top_k cuts; all of them if those do not do."""
+COLDEST = 1e-6
+"""Below this temperature is no difference, but that logits divided by it would leave float32."""
+
+
+def generator(seed: int | None) -> random.Random:
+    """Draws of one answer. Python seeds with |seed|, which would make those of -1 and 1 the same."""
+    return random.Random(random.getrandbits(64) if seed is None else seed if seed >= 0 else str(seed))
 
 
 def choose(logits: Tensor, sampling: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
@@ -25,9 +33,9 @@ def choose(logits: Tensor, sampling: Sequence[Sampling], draws: Sequence[float])
     for rows, sample in ((free, _sample_all), (cut, _sample_cut)):
         if rows:
             where = torch.tensor(rows, device=logits.device)
-            heat = torch.tensor([sampling[n].temperature for n in rows], device=logits.device).unsqueeze(1)
+            heat = torch.tensor([max(sampling[n].temperature, COLDEST) for n in rows], device=logits.device)
             draw = torch.tensor([draws[n] for n in rows], device=logits.device).unsqueeze(1)
-            chosen[where] = sample(logits[where] / heat, [sampling[n] for n in rows], draw)
+            chosen[where] = sample(logits[where] / heat.unsqueeze(1), [sampling[n] for n in rows], draw)
     return chosen
 
 
