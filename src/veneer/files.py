@@ -25,7 +25,7 @@ def read_object(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterFormatError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterFormatError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise AdapterFormatError(f"{path} is damaged: not an object")

@@ -48,7 +48,7 @@ class FakeEngine:
     def __init__(self, registry, tokenizer, context=512, delay=0.0):
         self.registry, self.tokenizer, self.context, self.delay = registry, tokenizer, context, delay
         self.tickets, self.full, self.broken, self.words = [], False, False, 0
-        self.finished, self.limit, self.fault = Counter(), 64, None
+        self.finished, self.limit, self.fault = Counter(), 12, None
 
     def submit(self, request):
         if self.full:

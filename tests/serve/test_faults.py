@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import shutil
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -12,7 +15,7 @@ from starlette.testclient import TestClient
 
 import veneer
 from conftest import tiny_llama
-from veneer.serve import Engine, ServeError
+from veneer.serve import Engine, Registry, ServeError
 from veneer.serve.app import create_app
 from veneer.serve.guided import Guide
 from veneer.serve.problems import ApiError
@@ -106,3 +109,58 @@ def test_a_schema_that_allows_nothing_is_refused(tokenizer):
     with pytest.raises(ApiError, match="cannot be followed") as raised:
         guide.json({"$defs": {"n": {"anyOf": [{"$ref": "#/$defs/n"}]}}, "$ref": "#/$defs/n"})
     assert raised.value.status == 400 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_left_before_its_answer_began_frees_its_slot(tokenizer, folder, stream):
+    engine, registry = engine_of(tokenizer, folder)
+    app = create_app(engine, registry, tokenizer, engine.runner.model, base="tiny", context=engine.context)
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 100, "ignore_eos": True, "stream": stream}
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    headers = [(b"host", b"x"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1", "method": "POST"}
+    scope |= {"path": "/v1/completions", "raw_path": b"", "query_string": b"", "headers": headers, "scheme": "http"}
+
+    async def receive():
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    asyncio.run(app(scope, receive, send))
+    engine.shutdown(20)
+    assert engine.stats()["requests"] == {"cancelled": 1}
+    with TestClient(app) as http:
+        assert f'status="{200 if stream else 499}"' in http.get("/metrics").text or stream
+
+
+def test_faults_are_counted(tokenizer, folder, monkeypatch):
+    engine, registry = engine_of(tokenizer, folder)
+    app = create_app(engine, registry, tokenizer, engine.runner.model, base="tiny", context=engine.context)
+
+    def fail(*arguments):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(registry, "info", fail)
+    registry.load("a", "a")
+    with TestClient(app, raise_server_exceptions=False) as http:
+        assert http.get("/v1/adapters").status_code == 500
+        assert 'method="GET",route="/v1/adapters",status="500"} 1.0' in http.get("/metrics").text
+    engine.shutdown(0)
+
+
+def test_names_of_one_content_have_paths_of_their_own(tokenizer, folder, tmp_path):
+    for name in ("x", "y"):
+        shutil.copytree(folder / "a", tmp_path / name)
+    shutil.copytree(folder / "diverged", tmp_path / "z")
+    registry = Registry(tiny_llama(), allowed=[tmp_path], host_slots=1)
+    one, two = registry.load("one", "x"), registry.load("two", "y")
+    assert one.content == two.content and registry.info("one").path == tmp_path / "x"
+    registry.unload("two")
+    shutil.rmtree(tmp_path / "y")
+    registry.load("other", "z")
+    assert registry.info("one").tier == "disk"
+    (content,) = registry.acquire(["one"])
+    content.loading.result(20)
+    assert registry.ready(content) and registry.failure(content) is None
+    registry.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from starlette.testclient import TestClient
@@ -237,6 +238,15 @@ def test_paths_that_are_refused(http, adapters, path):
     found = http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
     assert found.status_code in (400, 403) and "\n" not in found.json()["error"]["message"]
     assert http.get("/v1/adapters").json()["loaded"] == [] and not (outside / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "veneer.json"])
+def test_deeply_nested_files_are_refused(http, adapters, file):
+    shutil.copytree(adapters[0] / "good", adapters[0] / "deep", dirs_exist_ok=True)
+    (adapters[0] / "deep" / file).write_text('{"a":' * 50_000 + "1" + "}" * 50_000)
+    found = http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "deep"})
+    shutil.rmtree(adapters[0] / "deep")
+    assert found.status_code == 400 and "damaged" in found.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,21 @@ def test_completion_logprobs_stream(api):
         ({"temperature": 3}, openai.BadRequestError, "temperature"),
         ({"temperature": "1"}, openai.BadRequestError, "temperature"),
         ({"n": 0}, openai.BadRequestError, "n"),
+        ({"n": 13}, openai.BadRequestError, "n"),  # more than the engine ever takes at once
         ({"max_tokens": 10_000}, openai.BadRequestError, None),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
         ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias"),
+        (
+            {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+            openai.BadRequestError,
+            "chat_template_kwargs",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]},
+            openai.BadRequestError,
+            "messages",
+        ),
         ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "stream_options"),
     ],

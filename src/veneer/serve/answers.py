@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request as HttpRequest
+from fastapi.responses import StreamingResponse
 
 from veneer.serve.asked import Asked
 from veneer.serve.problems import ApiError
@@ -37,7 +38,7 @@ class Running:
     """
 
     def __init__(self, submit: Callable[[Any], Ticket], asked: Asked) -> None:
-        self.asked, self.tickets, self.last = asked, [], {}
+        self.asked, self.tickets, self.last, self.left = asked, [], {}, False
         try:
             for request in asked.requests:
                 self.tickets.append(submit(request))
@@ -67,6 +68,8 @@ class Running:
                 left -= piece.finish_reason is not None
                 if piece.finish_reason == "error":
                     raise ApiError(500, f"the engine failed: {piece.error}", "server_error")
+                if piece.finish_reason == "cancelled" and self.left:
+                    raise ApiError(499, "the client has gone")  # which nobody reads, but the metrics count
                 if piece.finish_reason == "cancelled":
                     raise ApiError(503, "the answer was cancelled: the server is shutting down", "server_error")
                 yield index, piece
@@ -94,6 +97,7 @@ class Running:
     async def _watch(self, http: HttpRequest) -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
+        self.left = True
         self.cancel()
 
     def usage(self) -> Usage:
@@ -138,9 +142,22 @@ async def stream(
             yield event(head | {"choices": [], "usage": running.usage().model_dump()})
     except ApiError as error:
         yield event(error.body)
-    finally:
-        running.cancel()
     yield DONE
+
+
+class Events(StreamingResponse):
+    """Server-sent events that no proxy holds back. However they end, and if they never begin, so do the answers."""
+
+    def __init__(self, running: Running, chunks: AsyncIterator[str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(chunks, media_type="text/event-stream", headers=headers)
+        self.running = running
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.running.cancel()
 
 
 class Logprobs:

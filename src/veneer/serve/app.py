@@ -10,12 +10,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from starlette.middleware import Middleware
 
 from veneer.base.generate import end_tokens
 from veneer.serve.adapters import add_adapter_routes
-from veneer.serve.answers import Logprobs, Running, new_id, stream
+from veneer.serve.answers import Events, Logprobs, Running, new_id, stream
 from veneer.serve.asked import Asked, Reader
 from veneer.serve.guard import Guard
 from veneer.serve.guided import Guide
@@ -143,7 +143,7 @@ def add_openai_routes(app: FastAPI, engine: Any, registry: Any, reader: Reader, 
         if body.stream:
             opening = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
             first = [{"index": index} | opening for index in range(len(running.tickets))]
-            return events(stream(running, head | {"object": "chat.completion.chunk"}, chunk, first))
+            return Events(running, stream(running, head | {"object": "chat.completion.chunk"}, chunk, first))
         choices = [
             ChatChoice(
                 index=index,
@@ -167,7 +167,7 @@ def add_openai_routes(app: FastAPI, engine: Any, registry: Any, reader: Reader, 
             return {"index": index, "text": piece.text, "logprobs": shown, "finish_reason": piece.finish_reason}
 
         if body.stream:
-            return events(stream(running, head | {"object": "text_completion"}, chunk, []))
+            return Events(running, stream(running, head | {"object": "text_completion"}, chunk, []))
         choices = [
             TextChoice(
                 index=index,
@@ -178,12 +178,6 @@ def add_openai_routes(app: FastAPI, engine: Any, registry: Any, reader: Reader, 
             for index, one in enumerate(await running.gather(http))
         ]
         return TextCompletion(**head, choices=choices, usage=running.usage())
-
-
-def events(chunks: Any) -> StreamingResponse:
-    """Server-sent events that no proxy holds back."""
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
 
 
 def add_page(app: FastAPI) -> None:

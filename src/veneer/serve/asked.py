@@ -43,11 +43,22 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
     "web_search_options": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": (),
+    "length_penalty": (1, 1.0),
+    "prompt_embeds": (),
 }
 """Parameters of OpenAI's or vLLM's that change the answer and are not served, with the values that change nothing.
 
 Any other unknown key is ignored, as OpenAI's servers do with what only labels or routes a request.
 """
+OF_MESSAGES = ("tool_calls", "function_call", "audio")
+"""Keys of messages that would change the prompt."""
 COMPLETION_TOKENS = 16
 """How long a text completion is without `max_tokens`, as in OpenAI's API."""
 
@@ -79,6 +90,10 @@ class Reader:
     def chat(self, body: ChatRequest, adapters: Stack) -> Asked:
         """A chat as engine requests. Raises `ApiError`."""
         check_known(body)
+        for number, message in enumerate(body.messages):
+            if key := next((key for key in OF_MESSAGES if (message.model_extra or {}).get(key)), None):
+                said = f"messages.{number}.{key} is not supported by this server"
+                raise ApiError(400, said, param="messages", code="unsupported_parameter")
         try:
             prompt = prompt_ids(self.tokenizer, [as_message(message) for message in body.messages])
         except TemplateError as error:

@@ -85,11 +85,20 @@ class Counted:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
+        route = scope["path"] if scope["path"] in self.routes else "other"
+        method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
+        started = False
+
         async def counted(message: dict[str, Any]) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                route = scope["path"] if scope["path"] in self.routes else "other"
-                method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
+                started = True
                 self.metrics.http.labels(method, route, str(message["status"])).inc()
             await send(message)
 
-        await self.app(scope, receive, counted)
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:  # a fault: what stands before this answers it, with 500
+            if not started:
+                self.metrics.http.labels(method, route, "500").inc()
+            raise

@@ -70,6 +70,7 @@ class Registry:
         self.device, self.dtype = place_of(next(iter(linears.values())))
         self._base = fingerprint(model)
         self._names: dict[str, Content] = {}
+        self._paths: dict[str, Path] = {}
         self._contents: set[Content] = set()
         self._lock = RLock()
         self._reader = ThreadPoolExecutor(1, "veneer-adapters")
@@ -95,7 +96,7 @@ class Registry:
             content.path, content.pinned = where, content.pinned or pinned
             content.used = monotonic()
             self._contents.add(content)
-            self._names[name] = content
+            self._names[name], self._paths[name] = content, where
             if old is not None and old is not content:
                 self._forget(old)
             self._trim()
@@ -105,6 +106,7 @@ class Registry:
         """Forget an adapter; its memory is free once requests in flight are done. Raises `UnknownAdapter`."""
         with self._lock:
             self._get(name)
+            self._paths.pop(name)
             self._forget(self._names.pop(name))
 
     def names(self) -> list[str]:
@@ -188,7 +190,7 @@ class Registry:
 
     def _info(self, name: str) -> AdapterInfo:
         c = self._get(name)
-        return AdapterInfo(name, c.path, c.hash, c.rank, len(c.shapes), c.bytes, c.pinned, c.tier)
+        return AdapterInfo(name, self._paths[name], c.hash, c.rank, len(c.shapes), c.bytes, c.pinned, c.tier)
 
     def _find(self, path: str | Path) -> Path:
         """The adapter directory a path means, inside an allowed folder: relative ones are looked for in each."""
@@ -225,8 +227,11 @@ class Registry:
             content.host, content.stored, content.loading = host, stored, None
 
     def _forget(self, content: Content) -> None:
-        """A name points here no more."""
-        content.named = content in self._names.values()
+        """A name points here no more; if others do, their files are those that count."""
+        paths = [self._paths[name] for name, other in self._names.items() if other is content]
+        content.named = bool(paths)
+        if paths and content.path not in paths:
+            content.path, content.stored = paths[0], None
         self._drop_unused(content)
 
     def _drop_unused(self, content: Content) -> None:
