@@ -170,7 +170,7 @@ def test_the_dial_saves_memory_and_the_parts_add_up(planned):
 
 
 @given(budget=st.floats(6.2e8, 3e9), host=st.none() | st.floats(3e9, 5e9), compile=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_plan_never_exceeds_its_budget(planned, budget, host, compile):
     said = planned(rows="equal", dtype="bfloat16")
     wish = Wish(512, 65536, {}, compile)
