@@ -35,14 +35,36 @@ from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError, ConfigError
 
 BANK = "veneer_bank"
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def get_bank(model: nn.Module) -> Bank:
-    """The bank of an adapted model; `AdapterStateError` if the model is not adapted."""
-    bank = model.__dict__.get(BANK)
+    """The bank of an adapted model, wrapped or not; `AdapterStateError` if the model is not adapted."""
+    bank = _inside(model).__dict__.get(BANK)
     if bank is None:
         raise AdapterStateError("no adapter is attached to this model: call veneer.attach(model, config) first")
     return bank
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model in torch.compile's wrapper or a data-parallel one; any other is itself."""
+    while isinstance(model, nn.Module) and ("_orig_mod" in model._modules or isinstance(model, PARALLEL)):
+        model = model._modules.get("_orig_mod", model._modules.get("module"))
+    return model
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `AdapterStateError` for what an adapter cannot be put on: no module, or a wrapper around one.
+
+    Names of layers would begin with the wrapper's, and DistributedDataParallel would not see the new parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterStateError(f"an adapter goes on a torch.nn.Module, not on {type(model).__name__} {model!r}"[:200])
+    if _inside(model) is not model:
+        leaf = "_orig_mod" if "_orig_mod" in model._modules else "module"
+        raise AdapterStateError(
+            f"the model is wrapped ({type(model).__name__}): put the adapter on the model inside, .{leaf}, and wrap it then"
+        )
 
 
 def attach(
@@ -83,6 +105,10 @@ def attach_blank(
 
 def planned(model: nn.Module, config: AdapterConfig, name: str = "default", tokenizer: Any = None) -> Plan:
     """What `attach` will change, with every check that it makes before it looks at the initialisation."""
+    check_model(model)
+    if not isinstance(config, AdapterConfig):
+        hint = "; veneer.from_peft(config) makes one of it" if type(config).__module__.startswith("peft.") else ""
+        raise ConfigError(f"config is a veneer.AdapterConfig, not a {type(config).__name__}{hint}")
     if config.adalora is not None:
         raise ConfigError(
             "adalora is the training loop's: use veneer.train, or attach without it and drive "
@@ -142,7 +168,7 @@ def detach(model: nn.Module) -> nn.Module:
     bank.activate(None)
     _unwrap(bank)
     for path, trained in bank.frozen.items():
-        model.get_parameter(path).requires_grad_(trained)
+        bank.model.get_parameter(path).requires_grad_(trained)
     return model
 
 
@@ -153,6 +179,7 @@ def merge(model: nn.Module) -> nn.Module:
     more (only one of the two was adapted) is untied in the model's config too.
     """
     bank = get_bank(model)
+    outer, model = model, bank.model
     gained = biases_gained(bank)
     bank.merge()
     if gained and hasattr(model, "save_pretrained"):
@@ -174,7 +201,7 @@ def merge(model: nn.Module) -> nn.Module:
                     part.tie_word_embeddings = False
                 for twin in embedding_twins(model, embedding):  # an untied model's checkpoint has each on its own
                     twin.weight = nn.Parameter(twin.weight.detach().clone(), twin.weight.requires_grad)
-    return model
+    return outer
 
 
 def biases_gained(bank: Bank) -> list[str]:
@@ -194,7 +221,7 @@ def _unwrap(bank: Bank) -> None:
 
 def check_free(model: nn.Module, name: str) -> None:
     """Raise `AdapterStateError` unless the model can take a further adapter of this name."""
-    if not NAME.fullmatch(name):
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
         raise AdapterStateError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
     bank = model.__dict__.get(BANK)
     if bank is not None and name in bank.entries:

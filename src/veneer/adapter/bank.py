@@ -64,6 +64,14 @@ class Bank:
         """The adapters that are merged into the base now, with their weights."""
         self._unmerged: list[tuple[AdaptedModule, nn.Module]] = []
         self._originals: dict[str, nn.Module | nn.Parameter] = {}
+        self._aside: list[dict[str, float]] = []
+        """The stacks that return when `disabled` and `route` blocks end."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_model": ref(state["_model"])}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
         """The bank of the copied model; a bank is copied with its model only."""
@@ -174,9 +182,11 @@ class Bank:
         if merged is not None:
             self.unmerge()
         stack, rows = dict(self.routing.stack), self.routing.rows
+        self._aside.append(stack)
         try:
             yield
         finally:
+            self._aside.pop()
             self.activate(stack)
             self.routing.rows = rows
             if merged is not None:
@@ -188,13 +198,17 @@ class Bank:
 
         The base's own modules are kept aside, so `unmerge` restores every bit; until then the model holds both. Merging
         what is merged already changes nothing. Raises `AdapterStateError` for a quantised base, an activated adapter
-        (aLoRA), a grouped convolution, a sum that is not finite, or while rows are routed.
+        (aLoRA), a grouped convolution, a sum that is not finite, or while no adapter is active or rows are routed.
         """
         if self.merged is not None:
             return
         if self.routing.rows is not None:
             raise AdapterStateError("rows are routed to different adapters: a merge has one sum for all")
         acting = dict(self.routing.stack)
+        if not acting:
+            raise AdapterStateError(
+                f"no adapter is active, so nothing to merge; there are: {', '.join(self.names) or 'none'}"
+            )
         ready = [(layer, layer.merged(acting)) for layer in self.wrappers]
         for layer, module in ready:
             for key, value in module.named_parameters():
@@ -226,6 +240,8 @@ class Bank:
             raise AdapterStateError("adapters are merged into the base: unmerge() first")
         if name in self.routing.stack:
             self.activate({n: w for n, w in self.routing.stack.items() if n != name})
+        for stack in self._aside:
+            stack.pop(name, None)
         for layer in self.wrappers:
             layer.remove(name)
         for undo in self.entries.pop(name).undo:
@@ -236,7 +252,7 @@ class Bank:
     def rename(self, name: str, new: str) -> None:
         """Give an adapter another name; it stays active if it was. Raises `AdapterStateError` (taken, or no name)."""
         entry = self.check(name)
-        if new in self.entries or not NAME.fullmatch(new):
+        if not (isinstance(new, str) and NAME.fullmatch(new)) or new in self.entries:
             raise AdapterStateError(
                 f"adapter name {new!r} is taken or has other signs than letters, digits, '_' and '-'"
             )
@@ -244,7 +260,7 @@ class Bank:
             raise AdapterStateError(f"adapter {name!r} is watched under its name (aLoRA): load it under the new one")
         for layer in self.wrappers:
             layer.rename(name, new)
-        for table in (self.entries, self.slots, self.routing.stack, self.merged or {}):
+        for table in (self.entries, self.slots, self.routing.stack, self.merged or {}, *self._aside):
             if name in table:
                 renamed = {new if key == name else key: value for key, value in table.items()}  # in the same order
                 table.clear(), table.update(renamed)
@@ -265,7 +281,9 @@ class Bank:
 
     def report(self, name: str | None = None) -> AttachReport:
         """What an adapter (the newest, if not named) trains: parameters, share, size on disk; prints as one line."""
-        return count(self, name or self.names[-1])
+        newest = self.names[-1] if self.names else "default"
+        self.check(name or newest)
+        return count(self, name or newest)
 
     def _swap_in(self, entry: Entry) -> None:
         for name, new in {**entry.modules, **entry.biases}.items():

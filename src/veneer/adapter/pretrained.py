@@ -12,7 +12,6 @@ import re
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
@@ -35,7 +34,8 @@ def claim(bank: Bank) -> None:
     """
     model = bank.model
     if hasattr(model, "save_pretrained"):
-        model.__dict__ |= {"save_pretrained": MethodType(save_pretrained, model), "_hf_peft_config_loaded": True}
+        # No bound method: unpickling would bind the class's own one.
+        model.__dict__ |= {"save_pretrained": partial(save_pretrained, model), "_hf_peft_config_loaded": True}
         for key in ("save_pretrained", "_hf_peft_config_loaded"):
             bank.undo.append(partial(delattr, model, key))
 
@@ -61,6 +61,10 @@ def save_pretrained(
     if not is_main_process:
         return
     bank, folder = veneer.get_bank(model), Path(save_directory)
+    if not bank.names:
+        raise AdapterStateError(
+            "no adapter is left to save: veneer.detach(model) gives the base its save_pretrained back"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name in bank.names:
         own = folder if name == "default" or len(bank.names) == 1 else folder / name

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from veneer.adapter.attach import BANK, Plan, get_bank, install
+from veneer.adapter.attach import BANK, Plan, check_model, get_bank, install
 from veneer.adapter.bank import Bank
 from veneer.adapter.init import Start
 from veneer.adapter.layers import plain
@@ -58,12 +58,13 @@ def save_adapter(
     Raises `AdapterStateError`, `RunError` (disk).
     """
     bank, path = get_bank(model), Path(path)
-    if name is None and len(bank.names) != 1:
+    if name is None and len(bank.names) > 1:
         raise AdapterStateError(f"say which adapter to save, name=…: the model has {', '.join(bank.names)}")
-    name = name or bank.names[0]
+    name = name or next(iter(bank.names), "default")
+    bank.check(name)
     if path.exists() and not (path.is_dir() and ((path / CONFIG).exists() or not any(path.iterdir()))):
         raise AdapterStateError(f"{path} exists and is no adapter directory: choose another place")
-    base = base_record(model)
+    base = base_record(bank.model)
     fields, tensors = peft_config(bank, name, base["name_or_path"]), adapter_tensors(bank, name)
     fields, tensors = without_lora(fields, tensors, tied_head(model))
     written = {"format": 1, "veneer": __version__, "base": base, "config": bank.entries[name].config.model_dump()}
@@ -106,6 +107,7 @@ def load_adapter(
     mis-shaped tensors, a kind of adapter that Veneer cannot hold), `WrongBaseError` (trained on another base; `force`
     overrides) and `AdapterStateError` (name taken).
     """
+    check_model(model)
     path = Path(path)
     fields, tensors = read_config(path), read_tensors(path)
     new_tokens = new_tokens_of(path)
