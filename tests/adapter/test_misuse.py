@@ -129,3 +129,26 @@ def test_an_unknown_or_last_adapter_is_told_when_saving(tmp_path):
     ):
         with pytest.raises(AdapterStateError, match="no adapter"):
             act()
+
+
+def test_a_prompt_that_is_no_list_is_told(make_tokenizer):
+    """Text would be taken letter by letter, one prompt each."""
+    model, tokenizer = tiny_llama(), make_tokenizer()
+    for prompts in ("Hello", [{"role": "user", "content": "Hello"}]):
+        with pytest.raises(veneer.VeneerError, match=r"prompts is a list of them: for a single one write \[prompt\]"):
+            veneer.generate(model, tokenizer, prompts)
+    for call in (veneer.generate, lambda m, t, p, **o: next(veneer.stream(m, t, p[0], **o))):
+        with pytest.raises(veneer.VeneerError, match="max_new_tokens is at least 1, not 0"):
+            call(model, tokenizer, ["Hello"], max_new_tokens=0)
+
+
+def test_functions_say_what_they_take(model_dir):
+    assert veneer.load_base(model_dir, device=torch.device("cpu"))[0].device.type == "cpu"
+    with pytest.raises(ConfigError, match=r"veneer\.AdapterConfig, not a dict"):
+        veneer.explain(model_dir, {"rank": 3})
+    with pytest.raises(veneer.VeneerError, match="a model's name or path, not a LlamaForCausalLM"):
+        veneer.explain(tiny_llama())
+    with pytest.raises(ConfigError, match="adapters is a list of directories, not 'first'"):
+        veneer.combine("first")
+    with pytest.raises(ConfigError, match="rank must be a whole number"):
+        veneer.combine(["first", "second"], method="svd", rank=2.5)

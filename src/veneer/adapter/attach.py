@@ -67,6 +67,14 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_config(config: AdapterConfig) -> AdapterConfig:
+    """The configuration; `ConfigError` for a mapping or another library's."""
+    if not isinstance(config, AdapterConfig):
+        hint = "; veneer.from_peft(config) makes one of it" if type(config).__module__.startswith("peft.") else ""
+        raise ConfigError(f"config is a veneer.AdapterConfig, not a {type(config).__name__}{hint}")
+    return config
+
+
 def attach(
     model: nn.Module,
     config: AdapterConfig | None = None,
@@ -106,9 +114,7 @@ def attach_blank(
 def planned(model: nn.Module, config: AdapterConfig, name: str = "default", tokenizer: Any = None) -> Plan:
     """What `attach` will change, with every check that it makes before it looks at the initialisation."""
     check_model(model)
-    if not isinstance(config, AdapterConfig):
-        hint = "; veneer.from_peft(config) makes one of it" if type(config).__module__.startswith("peft.") else ""
-        raise ConfigError(f"config is a veneer.AdapterConfig, not a {type(config).__name__}{hint}")
+    check_config(config)
     if config.adalora is not None:
         raise ConfigError(
             "adalora is the training loop's: use veneer.train, or attach without it and drive "

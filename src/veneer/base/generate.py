@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -64,6 +64,8 @@ def generate(
 
     Raises `DataError` for a prompt that leaves no room in the model's context: nothing is cut silently.
     """
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping)):
+        raise DataError("prompts is a list of them: for a single one write [prompt]")
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     _check_room(model, ids, max_new_tokens)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -157,6 +159,8 @@ def _answer(tokenizer: Any, tokens: list[int], ends: list[int]) -> Generation:
 
 
 def _check_room(model: Any, ids: list[list[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise DataError(f"max_new_tokens is at least 1, not {max_new_tokens}")
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for number, row in enumerate(ids, 1):
         if not row:

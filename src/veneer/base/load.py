@@ -136,10 +136,11 @@ def load_tokenizer(
     return _tokenizer(locate(str(name_or_path), revision), str(name_or_path), chat_template, False)
 
 
-def pick_device(device: str) -> str:
-    """Resolve "auto"; `ConfigError` for a device that is not there."""
+def pick_device(device: Any) -> str:
+    """Resolve "auto", and a torch.device; `ConfigError` for a device that is not there."""
     import torch
 
+    device = str(device)
     if torch.cuda.is_available():
         growing_segments()
     if device == "auto":

@@ -123,6 +123,8 @@ def combine(
     `AdapterStateError` (`out` exists).
     """
     chosen = plan(method, **settings)
+    if isinstance(adapters, (str, Path)):
+        raise ConfigError(f"adapters is a list of directories, not {str(adapters)!r}")
     out = Path(out) if out is not None else None
     if out is not None:
         check_free(out)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.adapter.attach import install, planned
+from veneer.adapter.attach import check_config, install, planned
 from veneer.adapter.bank import Bank
 from veneer.adapter.frozen import is_conv1d
 from veneer.adapter.init import Start, check
@@ -26,7 +26,7 @@ from veneer.base.catalog import CATALOG, fetched
 from veneer.base.load import load_tokenizer
 from veneer.base.skeleton import skeleton, stored_quantisation
 from veneer.config import AdapterConfig
-from veneer.errors import ConfigError
+from veneer.errors import BaseModelError, ConfigError
 from veneer.formats.peft import tied_head
 from veneer.formats.peft_config import CHANGES_BASE, peft_config
 from veneer.formats.peft_tensors import adapter_tensors
@@ -133,7 +133,9 @@ def explain(name_or_path: str | Path, config: AdapterConfig | None = None, *, dt
     `dtype` is the base's (float32, bfloat16, float16; auto: as the configuration says). Raises what `skeleton` and
     `attach` raise: `BaseModelError`, `TargetError`, `ConfigError`.
     """
-    config, name = config or AdapterConfig(), str(name_or_path)
+    if not isinstance(name_or_path, (str, Path)):
+        raise BaseModelError(f"explain takes a model's name or path, not a {type(name_or_path).__name__}")
+    config, name = check_config(config or AdapterConfig()), str(name_or_path)
     model = skeleton(name, dtype=dtype)
     notes = _notes(model, config)
     if config.adalora is not None:

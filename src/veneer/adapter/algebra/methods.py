@@ -114,8 +114,8 @@ def plan(method: str, **settings: object) -> Plan:
         raise ConfigError(f"like is peft or mergekit, not {given.like!r}")
     if given.rank is not None and method == "cat":
         raise ConfigError("cat is exact and its rank the sum of all: use svd for a smaller one")
-    if given.rank is not None and given.rank < 1:
-        raise ConfigError(f"rank must be at least 1, not {given.rank}")
+    if given.rank is not None and not (isinstance(given.rank, int) and given.rank >= 1):
+        raise ConfigError(f"rank must be a whole number, at least 1, not {given.rank}")
     if not math.isfinite(given.scale):
         raise ConfigError(f"scale is what the result is multiplied by, a finite number, not {given.scale}")
     if own.sparsify is None:
