@@ -362,7 +362,7 @@ class Engine:
 
     def _finish(self, running: Running, text: str, reason: str, error: str | None = None) -> None:
         """End a request and give back all that it holds; then tell its reader."""
-        if running.slot >= 0:
+        if running.slot >= 0 and reason not in ("stop", "length"):  # whose last token saw all before it, and was finite
             whole = self.runner.cache.clean(running.slot, self.context if reason == "error" else running.filled)
             running.filled = running.filled if whole and reason != "error" else 0  # what may not be trusted is not kept
         for group in (self._waiting, self._filling, self._writing):
