@@ -364,8 +364,8 @@ def parse_size(value: Any) -> int:
     return size
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a mapping from a YAML file. Raises `ConfigError` if it is missing, broken or no mapping."""
+def read_yaml(path: str | Path, expected: str = "keys such as model, data and out") -> dict[str, Any]:
+    """Read a mapping from a YAML file. Raises `ConfigError` if it is missing, broken or no mapping of what is `expected`."""
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -378,7 +378,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: broken YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys such as model, data and out; found {type(values).__name__}")
+        raise ConfigError(f"{path}: expected {expected}; found {type(values).__name__}")
     return values
 
 

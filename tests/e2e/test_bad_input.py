@@ -373,3 +373,13 @@ def test_places_where_nothing_can_be_written(refused, adapter, model_dir, tmp_pa
     step = ("bench", model_dir, "--rank", 2, "--batch", 1, "--length", 8, "--steps", 1)
     refused(*step, "--trace", tmp_path, words=["cannot write", "directory"])
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_numbers_that_no_run_can_use(train, refused, adapter, tmp_path):
+    train("--epochs", "1e300", max_steps=None, words="no run ends that")
+    train("--invocation", "99999", words="99999 is no token of the model")
+    weights = tmp_path / "w.yaml"
+    weights.write_text("[1, 2]")
+    refused(
+        "combine", adapter, adapter, "--weights", weights, "--out", tmp_path / "o", words=["weights by layer", "list"]
+    )

@@ -18,7 +18,11 @@ from veneer.errors import ConfigError, TargetError
 
 def with_token_ids(model: nn.Module, config: AdapterConfig, tokenizer: Any) -> AdapterConfig:
     """The configuration with its texts as token ids: new_tokens (which the tokenizer and the model are given, and whose
-    rows are trained) and invocation. Raises `ConfigError` without a tokenizer for them."""
+    rows are trained) and invocation. Raises `ConfigError` without a tokenizer for them, or for ids that are no tokens."""
+    if isinstance(config.invocation, list) and (embedding := input_embedding(model)) is not None:
+        rows = plain(embedding).weight.shape[0]
+        if wrong := [i for i in config.invocation if not 0 <= i < rows]:
+            raise ConfigError(f"invocation: {wrong[0]} is no token of the model, whose vocabulary is 0 to {rows - 1}")
     texts = [*config.new_tokens, *([config.invocation] if isinstance(config.invocation, str) else [])]
     if not texts:
         return config

@@ -196,7 +196,7 @@ def parse_weights(text: str | None) -> Weights:
     if text is None:
         return None
     if Path(text).suffix.lower() in (".yaml", ".yml", ".json"):
-        return read_yaml(text)
+        return read_yaml(text, "weights by layer, {pattern: [one number for each adapter]}")
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

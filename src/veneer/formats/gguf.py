@@ -7,7 +7,9 @@ layer by alpha / its own rank: every other scaling is folded into lora_b. An alp
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,15 @@ def write_gguf(adapter: AdapterFile, file: Path, base: BaseShape) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
+    finish(writer, file)
+
+
+def finish(writer: Any, file: Path) -> None:
+    """Close a GGUF file. Raises `OSError` where less of it arrived than was written: numpy says nothing of a full disk."""
+    written = writer.fout[0].tell()
     writer.close()
+    if file.stat().st_size < written:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _check_place(adapter: AdapterFile, path: str, f: Factors, base: BaseShape, names: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from veneer.errors import AdapterFormatError, BaseModelError, ConfigError
-from veneer.formats.gguf import EMBEDDING, read_factors
+from veneer.formats.gguf import EMBEDDING, finish, read_factors
 
 CONVERTER = "convert_hf_to_gguf.py"
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -80,7 +80,7 @@ def merge_gguf(base: Path, adapter: Path | None, out: Path, out_type: str = "f16
                 weight = weight + _delta(t.name, *factors[t.name], weight.shape)
             data = quantize(np.ascontiguousarray(weight), kind)
         writer.write_tensor_data(data)
-    writer.close()
+    finish(writer, out)
 
 
 def _delta(name: str, a, b, scaling: float, shape: tuple[int, ...]) -> np.ndarray:

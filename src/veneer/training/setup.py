@@ -28,10 +28,13 @@ from veneer.config import OptimConfig, TrainConfig
 from veneer.data.example import TokenizedExample
 from veneer.data.parts import part_of
 from veneer.data.prepare import Counts, PreparedData, prepare
-from veneer.errors import DataError, RunError
+from veneer.errors import ConfigError, DataError, RunError
 from veneer.files import LOCK
 from veneer.formats.peft import base_record
 from veneer.version import __version__
+
+MOST_STEPS = 10**9
+"""More than any run ends: a slip in `epochs`."""
 
 MAY_CHANGE = {
     "out",
@@ -63,9 +66,14 @@ class Setup:
         return -(-len(self.train) // options.batch_size)
 
     def total_steps(self, options: OptimConfig) -> int:
-        """Optimiser steps of the whole run, at least one."""
+        """Optimiser steps of the whole run, at least one. Raises `ConfigError` for more than any run can make."""
         steps = max(1, round(options.epochs * self.steps_per_epoch(options)))
-        return min(steps, options.max_steps or steps)
+        steps = min(steps, options.max_steps or steps)
+        if steps > MOST_STEPS:
+            raise ConfigError(
+                f"train.epochs {options.epochs:g} and train.max_steps ask for {steps:.0e} steps: no run ends that"
+            )
+        return steps
 
     def batch(self, step: int, config: TrainConfig) -> list[int]:
         """Indices of the examples of step `step` (from 0): each epoch is a permutation that its number seeds."""
@@ -129,11 +137,11 @@ class Setup:
 
 def prepare_run(config: TrainConfig, note: Callable[[str], None]) -> Setup:
     """Load the base, read and tokenise the data, split off the held-out part."""
-    model, tokenizer = open_base(config)
+    model, tokenizer = open_base(config, note)
     return with_data(config, model, tokenizer, note)
 
 
-def open_base(config: TrainConfig) -> tuple[torch.nn.Module, Any]:
+def open_base(config: TrainConfig, note: Callable[[str], None]) -> tuple[torch.nn.Module, Any]:
     """The base and its tokenizer, with the tokens that the adapter adds."""
     options = {"dtype": config.dtype, "device": config.device, "quant": config.quant}
     options["chat_template"] = config.data.chat_template
@@ -143,6 +151,12 @@ def open_base(config: TrainConfig) -> tuple[torch.nn.Module, Any]:
         resident = 0 if config.train.resident_blocks == "auto" else config.train.resident_blocks
         model, tokenizer = load_streamed(config.model, where=config.train.stream, resident=resident, **options)
     if config.adapter.new_tokens:
+        vocabulary = tokenizer.get_vocab()
+        if known := [token for token in config.adapter.new_tokens if token in vocabulary]:
+            names = ", ".join(map(repr, known))
+            note(
+                f"the tokenizer has {names} already: the vocabulary does not grow for them, and their rows are trained"
+            )
         add_tokens(model, tokenizer, config.adapter.new_tokens)
     return model, tokenizer
 
@@ -161,7 +175,9 @@ def with_data(config: TrainConfig, model: torch.nn.Module, tokenizer: Any, note:
             f"the longest example has {longest} tokens and the model's context is {room}: set data.max_length to at "
             f"most {room}"
         )
-    return Setup(model, tokenizer, train, heldout, train.key, counts, base_record(model))
+    setup = Setup(model, tokenizer, train, heldout, train.key, counts, base_record(model))
+    setup.total_steps(config.train)  # refuses what no run ends, before a file is written
+    return setup
 
 
 def load_data(config: TrainConfig, part: str, tokenizer: Any, note: Callable[[str], None]) -> PreparedData:

@@ -156,7 +156,7 @@ class Sweep:
         for group in groups.values():
             if self.interrupt:
                 return
-            model, tokenizer = open_base(self.configs[group[0].name])
+            model, tokenizer = open_base(self.configs[group[0].name], self._note)
             self._data.clear()
             self._check_targets(group, model)
             for batch in self._apart(group, next(model.parameters()).device):
