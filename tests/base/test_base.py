@@ -285,3 +285,14 @@ def test_tokenizer_with_another_template(model_dir, tmp_path):
     assert prompt_ids(load_tokenizer(model_dir, chat_template=file), PROMPTS[1])
     with pytest.raises(ConfigError, match="nothing.jinja"):
         load_tokenizer(model_dir, chat_template=tmp_path / "nothing.jinja")
+
+
+def test_a_folder_without_a_tokenizer_says_what_to_copy(model_dir, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model_dir / name).read_bytes())
+        with pytest.raises(BaseModelError, match="copy tokenizer.json"):
+            load_base(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(BaseModelError, match="cannot load the tokenizer") as raised:
+        load_base(tmp_path)
+    assert "copy" not in str(raised.value)

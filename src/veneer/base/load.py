@@ -286,6 +286,12 @@ def _tokenizer(source: _Source, name: str, chat_template: str | Path | None, tru
     return tokenizer
 
 
+def _without_tokenizer(folder: Path) -> bool:
+    """Whether a folder is none of a tokenizer's, by the names of its files."""
+    parts = ("token", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+    return folder.is_dir() and not any(part in file.name for file in folder.iterdir() for part in parts)
+
+
 class one_line:
     """Turn whatever loading raises into one line that names the model and the likely cause."""
 
@@ -301,4 +307,9 @@ class one_line:
         text = " ".join(str(error).split())
         if type(error).__name__ == "SafetensorError":
             text = f"a weights file is damaged or cut short ({text}): download it again"
+        elif self.what == "tokenizer" and _without_tokenizer(Path(self.name).expanduser()):
+            text = (
+                "the folder has no tokenizer's files: copy tokenizer.json and tokenizer_config.json into it from the "
+                "model that it was made from"
+            )
         raise BaseModelError(f"{self.name}: cannot load the {self.what}: {text[:300]}") from error
