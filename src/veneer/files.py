@@ -84,27 +84,34 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, gone afterwards. Raises `RunError` where the disk is full or refuses."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """Fill a directory and put it in place in one step; one that stands there is replaced only once all is written.
 
     Yields a temporary sibling to write into. Raises `RunError` where the disk is full or refuses.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with writing(path):
-            temporary.mkdir(parents=True)
-            yield temporary
-            settle(temporary)
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old") if path.exists() else None
-            if old:
-                os.replace(path, old)
-            os.replace(temporary, path)
-            _sync(path.parent)
-            if old:
-                shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with staged(path) as temporary:
+        yield temporary
+        settle(temporary)
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old") if path.exists() else None
+        if old:
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _sync(path.parent)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterFormatError, ConfigError
-from veneer.files import settle, writing
+from veneer.files import settle, staged
 from veneer.formats.adapter_file import AdapterFile, read_adapter, write_adapter
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.gguf_model import CONVERTER, TYPES, convert, find_converter, merge_gguf
@@ -172,15 +171,10 @@ def _staged(out: str | Path) -> Iterator[tuple[Path, Path]]:
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out} exists: choose another place")
-    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    built = folder / f"built{out.suffix}"
-    try:
-        with writing(out):
-            folder.mkdir(parents=True)
-            yield built, folder
-            settle(built)
-            if out.is_dir():
-                out.rmdir()
-            os.replace(built, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with staged(out) as folder:
+        built = folder / f"built{out.suffix}"
+        yield built, folder
+        settle(built)
+        if out.is_dir():
+            out.rmdir()
+        os.replace(built, out)

@@ -106,7 +106,7 @@ def step(profile: Profile, setting: size.Setting, rates: Rates) -> Time:
     each, tokens, compiled = profile.dtype_bytes, setting.micro_tokens, setting.compile
     streamed = setting.stream != "off"
     comes = set(size.copied(setting, len(profile.blocks))) if streamed else set()
-    weights = size.blocks_bytes(profile, setting.quant)
+    weights = size.blocks_bytes(profile, setting.quant) if streamed else []
     modes = size.modes_of(setting, len(profile.blocks))
     passes = [[0.0, 0.0], [0.0, 0.0]]
     """Seconds of compute and of copies, forward and backward."""
