@@ -18,7 +18,7 @@ from serve.test_grouped import (
 )
 
 from conftest import CORPUS, tiny_llama
-from veneer.kernels import grouped, served
+from veneer.kernels import grouped, served, served_attention
 from veneer.kernels.served_check import Shapes, deviation
 from veneer.serve import Engine
 
@@ -57,8 +57,8 @@ def test_attention_over_slots_is_its_twin(dtype, K, G, D, C, window):
     q = torch.randn(4, K, G, D, generator=g, device="cuda").to(dtype)
     keys, values = (torch.randn(5, K, C, D, generator=g, device="cuda").to(dtype) for _ in range(2))
     slots, positions = torch.tensor([3, 0, 4, 1]).cuda(), torch.tensor([0, C - 1, 64, 17]).cuda()
-    got = served.attend(q, keys, values, slots, positions, D**-0.5, window)
-    twin = served.attend_twin(q, keys, values, slots, positions, D**-0.5, window)
+    got = served_attention.attend(q, keys, values, slots, positions, D**-0.5, window)
+    twin = served_attention.attend_twin(q, keys, values, slots, positions, D**-0.5, window)
     assert (got.float() - twin.float()).abs().max() <= (1e-4 if dtype == torch.float32 else 2e-2)
 
 

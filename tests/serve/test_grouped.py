@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.kernels import dispatch, grouped, reference, served, served_prompts
+from veneer.kernels import dispatch, grouped, reference, served, served_attention, served_prompts
 from veneer.kernels.served import ROWS
 from veneer.serve.pool import Stack
 from veneer.serve.routing import Rows, Segments, plan_rows
@@ -160,9 +160,10 @@ def check_neighbours(*inputs):
 def test_tiles_hold_each_use_once_and_the_full_ones_come_first(rows):
     tiles = tiles_of(rows, 3)
     assert [[place for place in places if place >= 0] for places in served.places_of(tiles, len(rows)).tolist()] == rows
-    assert (tiles[..., 1:] >= 0).sum() == sum(map(len, rows))
-    assert all(((t[:, 0] >= 0) == (t[:, 1] >= 0)).all() for t in tiles)
-    assert all((t[:-1, 0] >= 0).ge(t[1:, 0] >= 0).all() for t in tiles)
+    assert sorted(n for n in tiles[0, :, 1:].flatten().tolist() if n >= 0) == list(range(len(rows)))
+    assert (tiles[1:, :, 1:] >= 0).sum() == sum(max(0, len(places) - 1) for places in rows)
+    assert all((t[t[:, 1] < 0] < 0).all() for t in tiles) and (tiles[1:, :, 0] >= 0).eq(tiles[1:, :, 1] >= 0).all()
+    assert all((t[:-1, 1] >= 0).ge(t[1:, 1] >= 0).all() for t in tiles)
 
 
 def test_the_twins_of_the_served_step_are_its_definition():
@@ -171,7 +172,7 @@ def test_the_twins_of_the_served_step_are_its_definition():
     q, keys, values = torch.randn(3, 2, 4, 8), torch.randn(4, 2, 30, 8), torch.randn(4, 2, 30, 8)
     slots, positions = torch.tensor([2, 0, 3]), torch.tensor([0, 29, 11])
     for window in (None, 5):
-        got = served.attend_twin(q, keys, values, slots, positions, 0.3, window)
+        got = served_attention.attend_twin(q, keys, values, slots, positions, 0.3, window)
         for b, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist())):
             first = 0 if window is None else max(0, position + 1 - window)
             k, v = keys[slot, :, first : position + 1].double(), values[slot, :, first : position + 1].double()
@@ -233,7 +234,7 @@ def test_a_program_of_attention_has_whole_parts_of_a_tile(width, element):
 INTERPRETED = """
 import torch
 from test_grouped import check_neighbours, check_pieces, check_prompt_update, check_update, served_inputs
-from veneer.kernels import served, served_prompts
+from veneer.kernels import served, served_attention, served_prompts
 from veneer.kernels.served_check import Shapes, deviation
 
 assert served._runs(torch.empty(1))
@@ -244,7 +245,7 @@ check_neighbours(*served_inputs(torch.float32, uses=2))
 def bounds(*ends):  # the interpreter's own numbers are arrays of one element, which NumPy 2.4 makes no index of
     return range(*(end.handle.data.item() if hasattr(end, "handle") else int(end) for end in ends))
 
-served_prompts.range = bounds
+served_prompts.range = served_attention.range = bounds
 for window in (None, 9):
     check_pieces(1e-5, window=window)
 check_pieces(2e-3, torch.float16, D=64)

@@ -2,9 +2,9 @@
 
 They read what to do (tiles, slots, positions) from device memory, so that a captured CUDA graph of a pass serves any
 adapters and any lengths. A tile is a place of the pool and up to M rows that use it: its factors are read once for all
-of them, and a row's sums have one order whatever else is in its tile. Rows are one token of an answer each (`attend`),
-or pieces of prompts one after another (`served_prompts.attend_pieces`). The definitions in plain torch are `shrink_twin`,
-`expand_twin` and `attend_twin`.
+of them, and a row's sums have one order whatever else is in its tile. Rows are one token of an answer each
+(`served_attention.attend`), or pieces of prompts one after another (`served_prompts.attend_pieces`). The definitions in
+plain torch are `shrink_twin` and `expand_twin`.
 
 Legend: B rows, U uses (adapters a row may stack), N tiles of a use, M rows of a tile, I input width, O output width,
 R rank, W = targets of a group · R, P places, S slots, C context, K key heads, G queries of a key head, D head width.
@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +61,35 @@ def _jit(function):
 
 
 @_jit
+def _times(v, a, total, M: tl.constexpr):
+    """total + v a, for v (M, K) and a (K, N): on tensor cores but for a single row, whose tiles would be empty rows."""
+    if M == 1:
+        total += tl.sum(tl.trans(v).to(tl.float32) * a.to(tl.float32), 0)[None, :]
+    else:
+        total = tl.dot(v, a, total, input_precision="ieee")
+    return total
+
+
+@_jit
+def _tile(tiles, M: tl.constexpr):
+    """The place and the rows of the program's tile."""
+    at = tiles + tl.program_id(1) * (M + 1)
+    return tl.load(at).to(tl.int64), tl.load(at + 1 + tl.arange(0, M)).to(tl.int64)
+
+
+@_jit
+def _shrunk(v, A, parts, place, row, n, i, rows, I, W: tl.constexpr, M: tl.constexpr, BW: tl.constexpr):
+    """Part n of h: v (M, BI), zero beyond I, times A of the columns i."""
+    for start in tl.static_range(0, W, BW):
+        w = start + tl.arange(0, BW)
+        inside = (i[:, None] < I) & (w[None, :] < W)
+        a = tl.load(A + place * I * W + i[:, None] * W + w[None, :], mask=inside, other=0.0)
+        h = _times(v.to(a.dtype), a, tl.zeros((M, BW), tl.float32), M)
+        at = parts + (n * rows + row[:, None]) * W + w[None, :]
+        tl.store(at, h, mask=(row[:, None] >= 0) & (w[None, :] < W))
+
+
+@_jit
 def _shrink(x, A, tiles, hidden, count, entries, rows, I, W, SHARE: tl.constexpr, M: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr):  # fmt: skip # noqa: E501
     split, tile = tl.program_id(0), tl.program_id(1)  # tile counts uses and their tiles; the first start first
     place = tl.load(tiles + tile * (M + 1)).to(tl.int64)
@@ -72,7 +102,7 @@ def _shrink(x, A, tiles, hidden, count, entries, rows, I, W, SHARE: tl.constexpr
             seen, inside = there[:, None] & (i[None, :] < I), (i[:, None] < I) & (w[None, :] < W)
             v = tl.load(x + row[:, None] * I + i[None, :], mask=seen, other=0.0)
             a = tl.load(A + place * I * W + i[:, None] * W + w[None, :], mask=inside, other=0.0)
-            total = tl.dot(v, a, total, input_precision="ieee")
+            total = _times(v, a, total, M)
         entry = split * entries + tile // count * rows + row
         tl.store(hidden + entry[:, None] * W + w[None, :], total, mask=there[:, None] & (w[None, :] < W))
 
@@ -91,7 +121,7 @@ def _expand_block(hidden, B, weights, y, place, row, use, entries, rows, uses, b
         h = tl.zeros((M, BR), tl.float32)
         for split in tl.static_range(SPLITS):
             h += tl.load(at + split * entries * W, mask=there[:, None], other=0.0)
-        total = tl.dot(h.to(b.dtype), b, total, input_precision="ieee")
+        total = _times(h.to(b.dtype), b, total, M)
     tl.store(out, (before.to(tl.float32) + weight[:, None] * total).to(y.dtype.element_ty), mask=inside)
 
 
@@ -110,52 +140,11 @@ def _expand(hidden, B0, B1, B2, tiles, weights, y0, y1, y2, use, count, entries,
             _expand_block(hidden, B2, weights, y2, place, row, use, entries, rows, uses, block - n0 - n1, O2, W, offset + 2 * R, SPLITS, R, M, BR, BO)  # fmt: skip # noqa: E501
 
 
-@_jit
-def _attend(q, keys, values, slots, positions, part, weight, scale, window, rows, C, K, G, D, SPLIT: tl.constexpr, SPLITS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr):  # fmt: skip # noqa: E501
-    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot, length = tl.load(slots + row).to(tl.int64), tl.load(positions + row).to(tl.int32) + 1
-    first = tl.maximum(split * SPLIT, length - window)
-    last = tl.minimum(split * SPLIT + SPLIT, length)
-    g, d = tl.arange(0, BG), tl.arange(0, BD)
-    out = (row * K + head) * SPLITS + split
-    best = tl.full((BG,), float("-inf"), tl.float32)
-    mass = tl.zeros((BG,), tl.float32)
-    total = tl.zeros((BG, BD), tl.float32)
-    if first < last:
-        inside = (g[:, None] < G) & (d[None, :] < D)
-        query = tl.load(q + ((row * K + head) * G + g[:, None]) * D + d[None, :], mask=inside, other=0.0)
-        for start in range(0, SPLIT, BN):
-            n = split * SPLIT + start + tl.arange(0, BN)
-            at = ((slot * K + head) * C + n[:, None]) * D + d[None, :]
-            there = (n >= first) & (n < last)
-            seen = there[:, None] & (d[None, :] < D)
-            k = tl.load(keys + at, mask=seen, other=0.0)
-            score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-            score = tl.where(there[None, :], score, float("-inf"))
-            new = tl.maximum(best, tl.max(score, 1))
-            base = tl.where(new > float("-inf"), new, 0.0)  # nothing seen yet: no -inf less -inf
-            p = tl.exp(score - base[:, None])
-            keep = tl.exp(best - base)
-            mass = mass * keep + tl.sum(p, 1)
-            v = tl.load(values + at, mask=seen, other=0.0)
-            total = total * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            best = new
-        total = total / mass[:, None]
-        tl.store(part + (out * G + g[:, None]) * D + d[None, :], total, mask=inside)
-        best = best + tl.log(mass)
-    tl.store(weight + out * G + g, best, mask=g < G)
+class Table(NamedTuple):
+    """One use of each row: `tiles` (N, 1 + M) int64, and its adapter's `weights` (B, 1) float32."""
 
-
-@_jit
-def _gather(part, weight, y, G, D, SPLITS: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr):
-    head, g = tl.program_id(0), tl.program_id(1)  # head counts rows and key heads
-    s, d = tl.arange(0, BS), tl.arange(0, BD)
-    share = tl.load(weight + (head * SPLITS + s) * G + g, mask=s < SPLITS, other=float("-inf"))
-    share = tl.exp(share - tl.max(share, 0))
-    used = (share[:, None] > 0) & (d[None, :] < D)
-    parts = tl.load(part + ((head * SPLITS + s[:, None]) * G + g) * D + d[None, :], mask=used, other=0.0)
-    total = tl.sum(parts * share[:, None], 0) / tl.sum(share, 0)
-    tl.store(y + (head * G + g) * D + d, total.to(y.dtype.element_ty), mask=d < D)
+    tiles: Tensor
+    weights: Tensor
 
 
 def _runs(x: Tensor) -> bool:
@@ -167,23 +156,24 @@ def _power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def tile_rows(rows: Sequence[Sequence[int]], uses: int) -> list[int]:
-    """The places of each row's uses → tiles (U, B, 1 + ROWS), flat: a place and up to ROWS rows, -1 where none is.
+def tile_rows(rows: Sequence[Sequence[int]], uses: int, size: int = ROWS) -> list[int]:
+    """The places of each row's uses → tiles (U, B, 1 + size), flat: a place and up to `size` rows, -1 where none is.
 
-    Tiles with rows come first. A row's n-th use lies in the n-th tiles, so that no two tiles of a use share a row.
+    Tiles with rows come first. A row's n-th use lies in the n-th tiles, so that no two tiles of a use share a row. The
+    first use's tiles have all rows: those without an adapter lie in tiles of the place -1.
     """
     flat = []
     for use in range(uses):
         found: dict[int, list[int]] = {}
         for row, places in enumerate(rows):
-            if use < len(places):
-                found.setdefault(places[use], []).append(row)
+            if use < max(1, len(places)):
+                found.setdefault(places[use] if places else -1, []).append(row)
         tiles = [
-            [place, *part, *[-1] * (ROWS - len(part))]
+            [place, *part, *[-1] * (size - len(part))]
             for place, own in found.items()
-            for part in (own[at : at + ROWS] for at in range(0, len(own), ROWS))
+            for part in (own[at : at + size] for at in range(0, len(own), size))
         ]
-        flat += [n for tile in tiles for n in tile] + [-1] * ((len(rows) - len(tiles)) * (ROWS + 1))
+        flat += [n for tile in tiles for n in tile] + [-1] * ((len(rows) - len(tiles)) * (size + 1))
     return flat
 
 
@@ -236,28 +226,17 @@ def expand(
             )  # fmt: skip
 
 
-def attend(
-    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int | None = None
-) -> Tensor:
-    """One query a row over its slot's first positions+1 keys (its last `window` of them).
+def next_parts(A: Tensor | None, x: Tensor, parts: int) -> tuple[Tensor, Tensor | None, int, int]:
+    """(A, room for so many parts of h, W, columns of it at a time) for the products that read x next; 0 for none."""
+    if A is None:
+        return x, None, 0, 0
+    W = A.shape[2]  # n · R, of which R is a power of two
+    return A, torch.empty(parts, x.shape[0], W, dtype=torch.float32, device=x.device), W, min(64, max(16, W & -W))
 
-    q (B, K, G, D), keys and values (S, K, C, D), slots and positions (B) → (B, K, G, D).
-    """
-    if not _runs(q):
-        return attend_twin(q, keys, values, slots, positions, scale, window)
-    (rows, K, G, D), C = q.shape, keys.shape[2]
-    each = max(64, -(-C // 16 // 64) * 64)
-    parts = -(-C // each)
-    part = torch.empty(rows, K, parts, G, D, dtype=torch.float32, device=q.device)
-    weight = torch.empty(rows, K, parts, G, dtype=torch.float32, device=q.device)
-    out, BD = torch.empty_like(q), max(16, _power(D))
-    BN = min(64, max(16, 16384 // (BD * q.element_size())))  # of float32 and wide heads, 64 keys at a time do not fit
-    _attend[(rows, K, parts)](
-        q, keys, values, slots, positions, part, weight, scale, C if window is None else window,
-        rows, C, K, G, D, each, parts, BN, max(16, _power(G)), BD,
-    )  # fmt: skip
-    _gather[(rows * K, G)](part, weight, out, G, D, parts, max(2, _power(parts)), BD)
-    return out
+
+def twin_parts(x: Tensor, A: Tensor | None, table: Table) -> Tensor | None:
+    """The definition of parts of h: x Aᵀ (1, B, W), zeros for rows without an adapter."""
+    return None if A is None else shrink_twin(x, A, table.tiles[None]).squeeze(0)
 
 
 def places_of(tiles: Tensor, rows: int) -> Tensor:
@@ -281,16 +260,3 @@ def expand_twin(hidden: Tensor, B: Sequence[Tensor], tiles: Tensor, weights: Ten
         h = hidden.sum(0)[..., part * rank : (part + 1) * rank]
         update = torch.einsum("bu,ubr,buro->bo", weights * (places >= 0), h, b[places.clamp(min=0)].float())
         out.copy_(torch.where(places[:, :1] >= 0, out.float() + update, out.float()))
-
-
-def attend_twin(
-    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int | None = None
-) -> Tensor:
-    """The definition of `attend`."""
-    k, v = keys[slots].float(), values[slots].float()
-    n, at = torch.arange(keys.shape[2], device=q.device), positions.unsqueeze(1)
-    unseen = n > at if window is None else (n > at) | (n <= at - window)
-    scores = torch.einsum("bkgd,bkcd->bkgc", q.float(), k) * scale
-    return torch.einsum("bkgc,bkcd->bkgd", scores.masked_fill(unseen[:, None, None], float("-inf")).softmax(-1), v).to(
-        q
-    )

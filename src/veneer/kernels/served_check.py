@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import served_prompts
-from veneer.kernels.served import ROWS, attend, attend_twin, expand, expand_twin, shrink, shrink_twin, tile_rows
+from veneer.kernels.served import ROWS, expand, expand_twin, shrink, shrink_twin, tile_rows
+from veneer.kernels.served_attention import attend, attend_twin
 from veneer.kernels.served_prompts import QUERIES, attend_pieces, attend_pieces_twin, most_tiles, piece_tiles
 
 RANK = 16

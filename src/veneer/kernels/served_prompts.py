@@ -67,11 +67,15 @@ def piece_tiles(pieces: Sequence[tuple[int, int, int]], count: int) -> Tensor:
 
 
 def use_tiles(runs: Sequence[tuple[int, int, Sequence[int]]], uses: int, count: int) -> Tensor:
-    """Runs (first row, end, places of their uses) → tiles (U, count, 1 + ROWS) int64, -1 where none is."""
+    """Runs (first row, end, places of their uses) → tiles (U, count, 1 + ROWS) int64, -1 where none is; the first use's
+    tiles have all rows of the runs, as those of `served.tile_rows`."""
     tiles = torch.full((uses, count, 1 + ROWS), -1, dtype=torch.int64)
     for use in range(uses):
         found = [
-            (places[use], at, end) for start, end, places in runs if use < len(places) for at in range(start, end, ROWS)
+            (places[use] if places else -1, at, end)
+            for start, end, places in runs
+            if use < max(1, len(places))
+            for at in range(start, end, ROWS)
         ]
         if found:
             place, at, end = torch.tensor(found).unsqueeze(1).unbind(2)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels.served import ROWS, Table
+from veneer.serve.block import served_blocks
 from veneer.serve.registry import Registry
 from veneer.serve.routing import Uses
 from veneer.serve.runner import Piece, Runner
@@ -21,6 +23,9 @@ WRITING = (1, 8, 16, 32, 64, 128, 256)
 """Rows of a decoding step's graph; the engine's number of slots besides."""
 READING = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens of prompts in a pass's graph: no two neighbours are further apart than half, for padding costs as much."""
+
+SHARED = 2
+"""Rows of an adapter, in the mean, from which on tiles are shared."""
 
 WHAT = {StaticRows: "writes answers", StaticPieces: "reads prompts"}
 
@@ -36,22 +41,32 @@ class Step:
 class GraphRunner(Runner):
     """`Runner` with captured passes. Padding rows read and write a slot of their own, the last."""
 
-    lookahead = power_ranks = True
+    lookahead = power_ranks = fuses = True
     most = READING[-1]
 
     def __init__(self, model: Any, registry: Registry, slots: int, context: int) -> None:
         self.buckets = {StaticRows: sorted({*(b for b in WRITING if b < slots), slots}), StaticPieces: READING}
-        self.steps: dict[tuple[type, int, int], Step] = {}
-        """By kind, bucket and room."""
+        self.steps: dict[tuple[type, int, int, int], Step] = {}
+        """By kind, bucket, room and rows of a tile."""
         self.version = 0
         self.captures = {*self.buckets} if registry.device.type == "cuda" else set()
         """The kinds of batch whose passes are captured."""
         self._memory = self._last = self._logits = None
         self._streams: tuple[Any, ...] = ()
+        self._table: Table | None = None
+        self.fused = False
         super().__init__(model, registry, slots, context)
 
     def _slots(self, slots: int) -> int:
         return slots + 1
+
+    def _install(self) -> None:
+        """Besides, blocks of known models become `ServedBlock`s."""
+        blocks = served_blocks(self.model, self.pool, lambda: self._table) if self.fuses else {}
+        super()._install()  # after the blocks have taken the base's own linears
+        for name, block in blocks.items():
+            self._replace(name, block)
+        self.fused = bool(blocks)
 
     def prepare(self) -> None:
         """Besides, capture every number of rows, without adapters and (if there are any) with one a row."""
@@ -59,7 +74,8 @@ class GraphRunner(Runner):
         for room in (0, 1) if self.pool.stacks else (0,):
             for kind, buckets in self.buckets.items():
                 for bucket in buckets:
-                    self._step(kind, bucket, room)
+                    for size in sorted({self._size(kind, bucket, room, distinct) for distinct in (1, bucket)}):
+                        self._step(kind, bucket, room, size)
 
     @torch.inference_mode()
     def prompts(self, pieces: Sequence[Piece], last: Sequence[bool]) -> Tensor | None:
@@ -94,9 +110,16 @@ class GraphRunner(Runner):
 
     def _step_for(self, kind: type, rows: int, users: Sequence[tuple[Any, ...]]) -> Step:
         bucket = next(b for b in self.buckets[kind] if b >= rows)
-        return self._step(kind, bucket, next(u for u in STACKED if u >= max(len(uses) for *_, uses in users)))
+        room = next(u for u in STACKED if u >= max(len(uses) for *_, uses in users))
+        distinct = len({place for *_, uses in users for place, _ in uses})
+        return self._step(kind, bucket, room, self._size(kind, bucket, room, distinct))
 
-    def _step(self, kind: type, bucket: int, room: int) -> Step:
+    def _size(self, kind: type, bucket: int, room: int, distinct: int) -> int:
+        """Rows of a tile: single ones where most rows have an adapter of their own."""
+        single = kind is StaticRows and self.fused and room == 1 and SHARED * distinct >= bucket
+        return 1 if single else ROWS
+
+    def _step(self, kind: type, bucket: int, room: int, size: int) -> Step:
         if self.version != self.pool.version:  # the pool moved: what was captured reads its old addresses
             self.version = self.pool.version
             if self.captures:
@@ -105,14 +128,15 @@ class GraphRunner(Runner):
             self._last = None
             if not self.steps:
                 self._memory = None  # memory of graphs that are all gone cannot be captured into again
-        if (kind, bucket, room) not in self.steps:
-            self.steps[kind, bucket, room] = self._make(kind, bucket, room)
-        return self.steps[kind, bucket, room]
+        key = kind, bucket, room, size
+        if key not in self.steps:
+            self.steps[key] = self._make(*key)
+        return self.steps[key]
 
     @torch.inference_mode()
-    def _make(self, kind: type, bucket: int, room: int) -> Step:
-        most = (self.slots,) if kind is StaticPieces else ()
-        step = Step(kind(self.cache, bucket, room, *most, self.device))
+    def _make(self, kind: type, bucket: int, room: int, size: int) -> Step:
+        step = Step(kind(self.cache, bucket, room, self.slots if kind is StaticPieces else size, self.device))
+        step.batch.fused = self.fused and room <= 1
         if kind in self.captures:
             try:
                 self._capture(step)
@@ -143,6 +167,7 @@ class GraphRunner(Runner):
     def _pass(self, batch: StaticRows | StaticPieces) -> None:
         """Leaves the logits in one place for all passes: a place for each graph would be gigabytes."""
         self.routing.body, self.routing.head = (batch.body, batch.head) if batch.room else (None, None)
+        self._table = batch.table
         batch.locate()
         logits = self._forward(batch.ids, batch, batch.keep)
         if self._logits is None:

@@ -74,7 +74,7 @@ class Runner:
         """Take the adapters out of the model and give it its own attention back."""
         for owner, leaf, module in reversed(self._replaced):
             here = getattr(owner, leaf)
-            setattr(owner, leaf, here.unpack() if isinstance(here, PackedLinear) else module)
+            setattr(owner, leaf, here.unpack() if hasattr(here, "unpack") else module)
         self._replaced.clear()
         self.model.set_attn_implementation(self._own_attention)
 

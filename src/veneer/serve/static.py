@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.kernels import served, served_prompts
+from veneer.kernels import served, served_attention, served_prompts
 from veneer.serve.cache import SlotCache
 from veneer.serve.pool import Stack
 from veneer.serve.routing import Uses
@@ -42,6 +42,10 @@ class Static:
     head: Tiles
     keep: Tensor | int
     """Whose logits are wanted, as `Runner` hands it to the model."""
+    room: int
+    """Adapters that a row may have."""
+    fused = False
+    """Whether blocks that can (`block.ServedBlock`) take the pass: only what has at most one adapter a row."""
 
     def __init__(self, cache: SlotCache, rows: int, numbers: Sequence[int], weights: int, device: torch.device) -> None:
         """`numbers` are the sizes of the tables that follow the three of `rows` numbers."""
@@ -51,6 +55,11 @@ class Static:
         self.ids, self.positions, self.slots, *self.tables = self.numbers.split([rows, rows, rows, *numbers])
         self.slots.fill_(self.spare)
         self.where = torch.zeros_like(self.slots)
+
+    @property
+    def table(self) -> served.Table:
+        """Every row's first use."""
+        return served.Table(self.body.tiles[0], self.body.weights)
 
     def locate(self) -> None:
         """Find where keys and values go: part of the pass, for the numbers may have changed on the device."""
@@ -64,10 +73,10 @@ class Static:
 
 
 class StaticRows(Static):
-    """B rows of one token each: what `Tokens` and `Rows` are on the CPU."""
+    """B rows of one token each: what `Tokens` and `Rows` are on the CPU. Tiles have up to `size` rows of an adapter."""
 
-    def __init__(self, cache: SlotCache, rows: int, room: int, device: torch.device) -> None:
-        shape = room, rows, 1 + served.ROWS
+    def __init__(self, cache: SlotCache, rows: int, room: int, size: int, device: torch.device) -> None:
+        shape, self.size = (max(1, room), rows, 1 + size), size
         super().__init__(cache, rows, [math.prod(shape)], rows * room, device)
         self.room, self.keep = room, 0
         self.body = self.head = Tiles(self.tables[0].fill_(-1).view(shape), self.weights.view(rows, room))
@@ -78,7 +87,8 @@ class StaticRows(Static):
         numbers = [token for _, _, token, _ in rows] + [0] * padding
         numbers += [position for _, position, _, _ in rows] + [0] * padding
         numbers += [slot for slot, *_ in rows] + [self.spare] * padding
-        numbers += served.tile_rows([[place for place, _ in uses] for *_, uses in rows] + [[]] * padding, self.room)
+        places = [[place for place, _ in uses] for *_, uses in rows] + [[]] * padding
+        numbers += served.tile_rows(places, max(1, self.room), self.size)
         weights = [_padded(uses, self.room) for *_, uses in rows] + [[0.0] * self.room] * padding
         self._send(torch.tensor(numbers), torch.tensor(weights).flatten())
 
@@ -88,7 +98,17 @@ class StaticRows(Static):
         q = query[0].transpose(0, 1).unflatten(1, (heads, -1)).contiguous()
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         keys, values = self.cache.store[layer]
-        return served.attend(q, keys, values, self.slots, self.positions, scale, window).flatten(1, 2).unsqueeze(0)
+        out = served_attention.attend(q, keys, values, self.slots, self.positions, scale, window)
+        return out.flatten(1, 2).unsqueeze(0)
+
+    def attend_heads(
+        self, layer: int, q: Tensor, scale: float, window: int | None, A: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """q (B, H·D) → the heads' outputs (B, H·D), and parts of h for the A that reads them."""
+        keys, values = self.cache.store[layer]
+        heads = q.view(len(q), keys.shape[1], -1, keys.shape[3])
+        parts = served_attention.attend_parts(heads, keys, values, self.slots, self.positions, scale, window)
+        return served_attention.gather(parts, self.table, A, q)
 
 
 class StaticPieces(Static):
@@ -97,7 +117,7 @@ class StaticPieces(Static):
     def __init__(self, cache: SlotCache, rows: int, room: int, most: int, device: torch.device) -> None:
         ends = min(rows, most)
         attention = served_prompts.most_tiles(rows, most, served_prompts.QUERIES), 4
-        body = room, served_prompts.most_tiles(rows, most, served_prompts.ROWS), 1 + served_prompts.ROWS
+        body = max(1, room), served_prompts.most_tiles(rows, most, served_prompts.ROWS), 1 + served_prompts.ROWS
         head = room, ends, 1 + served.ROWS
         sizes = [ends, *(math.prod(shape) for shape in (attention, body, head))]
         super().__init__(cache, rows, sizes, (rows + ends) * room, device)
@@ -127,7 +147,7 @@ class StaticPieces(Static):
             pad(slots.repeat_interleave(counts), (0, padding), value=self.spare),
             torch.tensor([end for end, _ in ends] + [0] * spare),
             served_prompts.piece_tiles([(slot, at, len(t)) for slot, at, t, _ in pieces], len(self.tiles)).flatten(),
-            served_prompts.use_tiles(runs, self.room, self.body.tiles.shape[1]).flatten(),
+            served_prompts.use_tiles(runs, max(1, self.room), self.body.tiles.shape[1]).flatten(),
             torch.tensor(head, dtype=torch.int64),
         ]
         body = torch.tensor([_padded(uses, self.room) for *_, uses in pieces]).repeat_interleave(counts, 0)
@@ -140,6 +160,15 @@ class StaticPieces(Static):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         keys, values = self.cache.store[layer]
         return served_prompts.attend_pieces(q, keys, values, self.tiles, scale, window).unsqueeze(0)
+
+    def attend_heads(
+        self, layer: int, q: Tensor, scale: float, window: int | None, A: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """q (T, H·D) → the heads' outputs (T, H·D), and parts of h for the A that reads them."""
+        keys, values = self.cache.store[layer]
+        heads = q.view(len(q), -1, keys.shape[3])
+        y = served_prompts.attend_pieces(heads, keys, values, self.tiles, scale, window).flatten(1)
+        return y, None if A is None else served.shrink(y, A, self.table.tiles[None]).squeeze(1)
 
 
 def _padded(uses: Uses, room: int) -> list[float]:

@@ -1,0 +1,253 @@
+"""Triton kernels of a decoder block in a served pass: all that lies between its matrix products, adapters included.
+
+A block is x ← x + o(attention(rotate(q, k, v of norm(x)))), then x ← x + down(silu(gate) · up of norm(x)). A kernel takes
+what a product of the base gave, adds the adapters' updates to it, does what the block does there, and multiplies the
+result by the A's of the products that come next. So adapters cost no launch of their own, only their bytes.
+
+`parts` (N, B, W) are the sums of h = x Aᵀ that the programs of a kernel made of their columns each; an `Update` is what
+is made of them. Every row is in one tile (`served.tile_rows` of one use), whose place is -1 for those without an adapter.
+The definitions in plain torch are in `served_block_twins`.
+
+Legend: B rows, N parts, P places, R rank, W = targets of a group · R, D width of the residual stream, I width of the
+gated activation, H query heads, K key heads, E width of a head, S slots, C context, M rows of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.kernels import served_block_twins as twins
+from veneer.kernels.served import Table, _jit, _power, _runs, _shrunk, _tile, _times, next_parts, tl
+from veneer.kernels.served_block_twins import Update
+
+CHUNK = tl.constexpr(16)
+"""Parts of h that are read at a time."""
+
+
+@_jit
+def _summed(hidden, row, rows, W, N: tl.constexpr, M: tl.constexpr, BR: tl.constexpr):
+    """Σ_n of BR columns of h (N, rows, W) for the rows (M), some parts at a time."""
+    at, r = row[:, None, None] * W, tl.arange(0, BR)[None, None, :]
+    total = tl.zeros((M, BR), tl.float32)
+    for start in tl.static_range(0, N, CHUNK):
+        n = start + tl.arange(0, CHUNK)[None, :, None]
+        part = tl.load(hidden + n * rows * W + at + r, mask=(at >= 0) & (n < N), other=0.0)
+        total += tl.sum(part, 1)
+    return total
+
+
+@_jit
+def _updated(y, hidden, B, weights, place, row, o, rows, O, W, offset, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+    """y (M, BO) float32 plus the update of its columns o."""
+    there = row >= 0
+    weight = tl.load(weights + row, mask=there, other=0.0)
+    total = tl.zeros((M, BO), tl.float32)
+    for start in range(0, R, BR):
+        r = start + tl.arange(0, BR)
+        b = tl.load(B + place * R * O + r[:, None] * O + o[None, :], mask=o[None, :] < O, other=0.0)
+        h = _summed(hidden + offset + start, row, rows, W, N, M, BR)
+        total = _times(h.to(b.dtype), b, total, M)
+    return y + weight[:, None] * total
+
+
+@_jit
+def _norm(x, y, out, weight, parts, hidden, eps, rows, D, W: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr):  # fmt: skip # noqa: E501
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+    at, inside = row * D + d, d < D
+    v = tl.load(x + at, mask=inside, other=0.0)
+    scale = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        v = (v.to(tl.float32) + tl.load(y + at, mask=inside, other=0.0).to(tl.float32)).to(v.dtype)
+        tl.store(x + at, v, mask=inside)
+    v = v.to(tl.float32)
+    r = tl.rsqrt(tl.sum(v * v, 0) / D + eps)
+    kept = x.dtype.element_ty
+    tl.store(out + at, ((v * r).to(kept).to(tl.float32) * scale).to(kept), mask=inside)
+    if N:
+        for start in range(0, W, BW):
+            w = start + tl.arange(0, BW)
+            h = tl.zeros((BW,), tl.float32)
+            for n in tl.static_range(N):
+                h += tl.load(parts + (n * rows + row) * W + w, mask=w < W, other=0.0)
+            tl.store(hidden + row * W + w, h * r, mask=w < W)
+
+
+@_jit
+def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, V: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+    place, row = _tile(tiles, M)
+    if tl.max(row, 0) >= 0:
+        there, o = row >= 0, tl.program_id(0) * BO + tl.arange(0, BO)
+        at, inside = row[:, None] * D + o[None, :], there[:, None] & (o[None, :] < D)
+        v = tl.load(x + at, mask=inside, other=0.0)
+        if ADD:
+            u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+            if N:
+                if place >= 0:
+                    u = _updated(u, hidden, B, weights, place, row, o, rows, D, W, 0, N, R, M, BR, BO)
+            v = (v.to(tl.float32) + u).to(v.dtype)
+            tl.store(x + at, v, mask=inside)
+        if BV:
+            if place >= 0:
+                s = tl.load(scale + o, mask=o < D, other=0.0).to(tl.float32)
+                scaled = (v.to(tl.float32) * s[None, :]).to(v.dtype)
+                _shrunk(scaled, A, parts, place, row, tl.program_id(0), o, rows, D, V, M, BV)
+
+
+@_jit
+def _rotate_head(y, stride, B, norm, out, at, cos, sin, hidden, weights, place, row, head, rows, O, W, offset, E, eps, ROTATE: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
+    e, half = tl.arange(0, BE), E // 2
+    inside = (row[:, None] >= 0) & (e[None, :] < half)
+    low, high = head * E + e, head * E + half + e
+    a = tl.load(y + row[:, None] * stride + low[None, :], mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(y + row[:, None] * stride + high[None, :], mask=inside, other=0.0).to(tl.float32)
+    if N:
+        if place >= 0:
+            low, high = tl.where(e < half, low, O), tl.where(e < half, high, O)
+            a = _updated(a, hidden, B, weights, place, row, low, rows, O, W, offset, N, R, M, BR, BE)
+            b = _updated(b, hidden, B, weights, place, row, high, rows, O, W, offset, N, R, M, BR, BE)
+    kept = y.dtype.element_ty
+    if NORM:
+        r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / E + eps)[:, None]
+        a = (a * r).to(kept).to(tl.float32) * tl.load(norm + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+        b = (b * r).to(kept).to(tl.float32) * tl.load(norm + half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+    if ROTATE:
+        turn = row[:, None] * E + e[None, :]
+        c = tl.load(cos + turn, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + turn, mask=inside, other=0.0).to(tl.float32)
+        other_c = tl.load(cos + turn + half, mask=inside, other=0.0).to(tl.float32)
+        other_s = tl.load(sin + turn + half, mask=inside, other=0.0).to(tl.float32)
+        a, b = a * c - b * s, b * other_c + a * other_s
+    tl.store(out + at[:, None] + e[None, :], a.to(kept), mask=inside)
+    tl.store(out + at[:, None] + half + e[None, :], b.to(kept), mask=inside)
+
+
+@_jit
+def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tiles, hidden, weights, slots, positions, keys, values, eps, rows, W, C, H, K, E, NORM: tl.constexpr, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
+    head = tl.program_id(0)
+    place, row = _tile(tiles, M)
+    if tl.max(row, 0) >= 0:
+        slot = tl.load(slots + row, mask=row >= 0, other=0).to(tl.int64)
+        position = tl.load(positions + row, mask=row >= 0, other=0).to(tl.int64)
+        if head < H:
+            _rotate_head(q, sq, B0, norm_q, out, row * H * E + head * E, cos, sin, hidden, weights, place, row, head, rows, H * E, W, 0, E, eps, True, NORM, N, R, M, BR, BE)  # fmt: skip # noqa: E501
+        elif head < H + K:
+            at = ((slot * K + head - H) * C + position) * E
+            _rotate_head(k, sk, B1, norm_k, keys, at, cos, sin, hidden, weights, place, row, head - H, rows, K * E, W, R, E, eps, True, NORM, N, R, M, BR, BE)  # fmt: skip # noqa: E501
+        else:
+            at = ((slot * K + head - H - K) * C + position) * E
+            _rotate_head(v, sv, B2, norm_k, values, at, cos, sin, hidden, weights, place, row, head - H - K, rows, K * E, W, 2 * R, E, eps, False, False, N, R, M, BR, BE)  # fmt: skip # noqa: E501
+
+
+@_jit
+def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, parts, rows, I, W, V: tl.constexpr, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+    place, row = _tile(tiles, M)
+    if tl.max(row, 0) >= 0:
+        there, o = row >= 0, tl.program_id(0) * BO + tl.arange(0, BO)
+        inside = there[:, None] & (o[None, :] < I)
+        g = tl.load(gate + row[:, None] * gate_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(up + row[:, None] * up_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+        if N:
+            if place >= 0:
+                g = _updated(g, hidden, B0, weights, place, row, o, rows, I, W, 0, N, R, M, BR, BO)
+                u = _updated(u, hidden, B1, weights, place, row, o, rows, I, W, R, N, R, M, BR, BO)
+        v = (g / (1.0 + tl.exp(-g)) * u).to(gate.dtype.element_ty)
+        tl.store(out + row[:, None] * I + o[None, :], v, mask=inside)
+        if BV:
+            if place >= 0:
+                _shrunk(v, A, parts, place, row, tl.program_id(0), o, rows, I, V, M, BV)
+
+
+def columns_of(width: int, tile: int) -> int:
+    """Columns that a program takes of a row of so many, `tile` rows at a time."""
+    return (256 if width <= 8192 else 512) * 16 // max(16, tile)
+
+
+def _warps(tile: int, columns: int) -> int:
+    return 8 if tile * columns >= 8192 else 4
+
+
+def _hidden(update: Update | None, x: Tensor, targets: int) -> tuple[Tensor, list[Tensor], int, int, int, int]:
+    """(h, each target's B, W, N, R, BR) of an update; of none, stand-ins and N = 0."""
+    if update is None:
+        return x, [x] * targets, 0, 0, 16, 16
+    rank = update.B[0].shape[1]
+    return update.hidden, list(update.B), update.hidden.shape[2], update.hidden.shape[0], rank, min(64, rank)
+
+
+def norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, parts: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x (B, D) += y in place, then its RMS norm (B, D), and h (1, B, W) of the normed x from the parts of x · weight."""
+    if not _runs(x):
+        return twins.norm(x, y, weight, eps, parts)
+    (rows, D), out = x.shape, torch.empty_like(x)
+    hidden = None if parts is None else parts.new_empty(1, *parts.shape[1:])
+    N, W = (0, 0) if parts is None else (parts.shape[0], parts.shape[2])
+    BD = _power(D)
+    _norm[(rows,)](
+        x, x if y is None else y, out, weight, x if parts is None else parts, x if hidden is None else hidden, eps, rows,
+        D, W, y is not None, N, max(16, _power(W)), BD, num_warps=8 if BD > 1024 else 4,
+    )  # fmt: skip
+    return out, hidden
+
+
+def add(
+    x: Tensor, y: Tensor | None, update: Update | None, table: Table, weight: Tensor, A: Tensor | None
+) -> Tensor | None:
+    """x (B, D) += y + its update, in place; parts of (x · weight) Aᵀ for the products of the norm that follows."""
+    if not _runs(x):
+        return twins.add(x, y, update, table, weight, A)
+    (rows, D), (tiles, weights), M = x.shape, table, table.tiles.shape[1] - 1
+    BO = columns_of(D, M)
+    blocks = -(-D // BO)
+    hidden, B, W, N, R, BR = _hidden(update, x, 1)
+    wide, parts, V, BV = next_parts(A, x, blocks)
+    _add[(blocks, tiles.shape[0])](
+        x, x if y is None else y, tiles, hidden, B[0], weights, weight, wide, x if parts is None else parts, rows, D, W,
+        V, y is not None, N, R, M, BR, BV, BO, num_warps=_warps(M, BO),
+    )  # fmt: skip
+    return parts
+
+
+def rotate(
+    qkv: Sequence[Tensor], update: Update | None, table: Table, norms: Sequence[Tensor] | None, eps: float,
+    turn: tuple[Tensor, Tensor], slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
+) -> Tensor:  # fmt: skip
+    """q, k and v plus their updates; q and k normed by head if there are `norms` (E each), and turned → q; k and v are
+    written into the cache at their slots and positions.
+
+    q (B, H·E), k and v (B, K·E) may be parts of one matrix, turn = cos and sin (B, E), slots and positions (B), keys and values (S, K, C, E).
+    """
+    q, k, v = qkv
+    if not _runs(q):
+        return twins.rotate(qkv, update, table, norms, eps, turn, slots, positions, keys, values)
+    (tiles, weights), M, (_, K, C, E) = table, table.tiles.shape[1] - 1, keys.shape
+    hidden, B, W, N, R, BR = _hidden(update, q, 3)
+    H, out = q.shape[1] // E, q.new_empty(q.shape)
+    _rotate[(H + 2 * K, tiles.shape[0])](
+        q, k, v, *(t.stride(0) for t in qkv), out, *B, *(norms or (q, q)), *turn, tiles, hidden, weights, slots, positions, keys, values, eps, q.shape[0],
+        W, C, H, K, E, norms is not None, N, R, M, BR, max(16, _power(E // 2)), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def gated(
+    gate: Tensor, up: Tensor, update: Update | None, table: Table, A: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """silu(gate + its update) · (up + its update), (B, I), and parts of h for the product that follows. gate and up
+    (B, I) may be parts of one matrix."""
+    if not _runs(gate):
+        return twins.gated(gate, up, update, table, A)
+    (rows, I), (tiles, weights), M = gate.shape, table, table.tiles.shape[1] - 1
+    BO, out = columns_of(I, M), gate.new_empty(gate.shape)
+    blocks = -(-I // BO)
+    hidden, B, W, N, R, BR = _hidden(update, gate, 2)
+    wide, parts, V, BV = next_parts(A, gate, blocks)
+    _gate[(blocks, tiles.shape[0])](
+        gate, up, out, gate.stride(0), up.stride(0), tiles, hidden, *B, weights, wide, gate if parts is None else parts,
+        rows, I, W, V, N, R, M, BR, BV, BO, num_warps=_warps(M, BO),
+    )  # fmt: skip
+    return out, parts

@@ -1,0 +1,181 @@
+"""Decoder blocks of known models, served with few launches: `kernels.served_block` between the base's own products.
+
+A block of Llama's kind is x += o(attention(q, k, v of norm(x))), x += down(silu(gate) · up of norm(x)). What a block adds
+last is added as the next one begins, where it is normed, so blocks hand on y: `Flow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.kernels import served_block
+from veneer.kernels.served import Table
+from veneer.kernels.served_block_twins import Update
+from veneer.serve.pool import Group, Pool, Stack
+
+KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+"""Blocks of transformers that are exactly this: pre-norms, rotation of whole heads, no other scale or norm."""
+PARTS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+WIDEST = 16384
+"""Numbers of a row that one program norms."""
+
+
+class Products:
+    """Linears of the base that read one input, and the adapters' factors for them, if the pool has any.
+
+    Plain ones are one product: their weights become parts of one matrix, which costs no memory that stays.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], group: Group, pool: Pool) -> None:
+        self.layers, self.group, self.pool = layers, group, pool
+        self.weight = self.bias = None
+        if len(layers) > 1 and all(type(layer) is nn.Linear for layer in layers):
+            biases = [layer.bias for layer in layers]
+            if len({bias is None for bias in biases}) == len({layer.weight.dtype for layer in layers}) == 1:
+                self.weight = torch.cat([layer.weight.detach() for layer in layers])
+                self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+                for layer, part in zip(layers, self.weight.split(self.widths)):
+                    layer.weight.data = part
+
+    @property
+    def widths(self) -> list[int]:
+        """Outputs of each linear."""
+        return [layer.out_features for layer in self.layers]
+
+    def stack(self, adapters: bool) -> Stack | None:
+        """The group's factors, unless the pass has no adapters."""
+        return self.pool.stacks.get(self.group) if adapters else None
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """Each linear's outputs of x (B, D)."""
+        if self.weight is None:
+            return [layer(x) for layer in self.layers]
+        return F.linear(x, self.weight, self.bias).split(self.widths, 1)
+
+    def part(self) -> None:
+        """Give every linear a weight of its own again."""
+        if self.weight is not None:
+            for layer in self.layers:
+                layer.weight.data = layer.weight.data.clone()
+            self.weight = self.bias = None
+
+
+@dataclass
+class Flow:
+    """What is still to be added to x: y (B, D) of the last product, and its update."""
+
+    y: Tensor | None = None
+    update: Update | None = None
+
+    def into(self, x: Tensor, norm: nn.Module, stack: Stack | None, table: Table) -> tuple[Tensor, Update | None]:
+        """x (B, D) += y and its update, in place; → norm(x), and the update of the products of `stack` that read it."""
+        y, update = self.y, self.update
+        self.y = self.update = None
+        eps = norm.variance_epsilon
+        if update is None and stack is None:
+            return served_block.norm(x, y, norm.weight, eps)[0], None
+        parts = served_block.add(x, y, update, table, norm.weight, stack and stack.A)
+        normed, hidden = served_block.norm(x, None, norm.weight, eps, parts)
+        return normed, update_of(hidden, stack)
+
+
+def update_of(hidden: Tensor | None, stack: Stack | None) -> Update | None:
+    """The update that h (N, B, W) makes with a stack's B."""
+    return None if stack is None else Update(hidden, stack.B)
+
+
+class ServedBlock(nn.Module):
+    """A decoder block that takes passes in which a row has one adapter or none; the model's own takes the others.
+
+    `unpack` undoes what it did to the base.
+    """
+
+    def __init__(self, layer: nn.Module, products: Sequence[Products], flow: Flow) -> None:
+        super().__init__()
+        self.layer = layer
+        self.__dict__["products"], self.__dict__["flow"] = products, flow
+        attention = layer.self_attn
+        own = getattr(attention.config, "sliding_window", None)
+        self.index, self.scale = attention.layer_idx, attention.scaling
+        self.window = getattr(attention, "sliding_window", own)
+        norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.head_norms = None if norms[0] is None else [norm.weight for norm in norms]
+        self.head_eps = 0.0 if norms[0] is None else norms[0].variance_epsilon
+
+    def forward(self, x: Tensor, *, position_embeddings=None, veneer_batch=None, **options) -> Tensor:
+        if not veneer_batch.fused:
+            return self.layer(x, position_embeddings=position_embeddings, veneer_batch=veneer_batch, **options)
+        rows, turn = x.view(-1, x.shape[-1]), tuple(t.reshape(-1, t.shape[-1]) for t in position_embeddings)
+        self._attention(rows, turn, veneer_batch)
+        self._mlp(rows, veneer_batch)
+        return x
+
+    def unpack(self) -> nn.Module:
+        """The model's own block, as it was."""
+        for products in self.products:
+            products.part()
+        return self.layer
+
+    def _attention(self, x: Tensor, turn: tuple[Tensor, Tensor], batch: Any) -> None:
+        (qkv, o, *_), table = self.products, batch.table
+        normed, update = self.flow.into(x, self.layer.input_layernorm, qkv.stack(batch.room > 0), table)
+        place = batch.slots, batch.positions, *batch.cache.store[self.index]
+        q = served_block.rotate(qkv(normed), update, table, self.head_norms, self.head_eps, turn, *place)
+        stack = o.stack(batch.room > 0)
+        heads, parts = batch.attend_heads(self.index, q, self.scale, self.window, stack and stack.A)
+        (self.flow.y,), self.flow.update = o(heads), update_of(parts, stack)
+
+    def _mlp(self, x: Tensor, batch: Any) -> None:
+        (*_, gated, down), table = self.products, batch.table
+        normed, update = self.flow.into(x, self.layer.post_attention_layernorm, gated.stack(batch.room > 0), table)
+        stack = down.stack(batch.room > 0)
+        inner, parts = served_block.gated(*gated(normed), update, table, stack and stack.A)
+        (self.flow.y,), self.flow.update = down(inner), update_of(parts, stack)
+
+
+class ServedNorm(nn.Module):
+    """The model's last norm, which adds what the last block left to be added."""
+
+    def __init__(self, norm: nn.Module, flow: Flow, table: Any) -> None:
+        super().__init__()
+        self.norm = norm
+        self.__dict__["flow"], self.__dict__["table"] = flow, table
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.flow.y is None:
+            return self.norm(x)
+        return self.flow.into(x.view(-1, x.shape[-1]), self.norm, None, self.table())[0].view_as(x)
+
+
+def served_blocks(model: nn.Module, pool: Pool, table: Any) -> dict[str, nn.Module]:
+    """What takes the place of a model's blocks and last norm, by name; nothing for a model of another kind.
+
+    `table` gives the table of the pass at hand.
+    """
+    inner = model.base_model
+    layers, norm = getattr(inner, "layers", ()), getattr(inner, "norm", None)
+    config, groups = model.config.get_text_config(), {group.targets: group for group in pool.groups}
+    names = {module: name for name, module in model.named_modules()}
+    if norm is None or not len(layers) or config.hidden_act != "silu" or config.hidden_size > WIDEST:
+        return {}
+    flow, found = Flow(), {}
+    for layer in layers:
+        own = [tuple(f"{names[layer]}.{part}" for part in parts) for parts in PARTS]
+        if type(layer).__name__ not in KNOWN or not groups.keys() >= set(own) or layer.self_attn.head_dim % 2:
+            return {}
+        products = [
+            Products([model.get_submodule(name) for name in part], groups[part], pool) for part in own
+        ]
+        found[names[layer]] = ServedBlock(layer, products, flow)
+    return found | {names[norm]: ServedNorm(norm, flow, table)}

@@ -1,0 +1,96 @@
+"""Blocks served with few launches: kernels against their twins, and models of every known kind against each adapter alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from serve.served import Alone, GraphEngine, ask, engine_of, read, write
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+from conftest import tiny_llama
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def tiny(kind, **options):
+    """A random model of a family, of 4 heads on 2 key heads."""
+    sizes = {
+        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 12, "vocab_size": 900, "max_position_embeddings": 256,
+        "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes | options)).eval()
+    for name, parameter in model.named_parameters():  # norms and biases that matter
+        if "norm" in name or name.endswith("bias"):
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_known_block_answers_as_each_adapter_alone(kind, tokenizer, tmp_path):
+    options = {"sliding_window": 9} if kind == "mistral" else {}
+    for name, seed, targets in (("a", 1, "qv"), ("b", 2, "all"), ("c", 3, "mlp")):
+        write(tmp_path / name, seed, targets=targets, model=tiny(kind, **options))
+    alone = Alone(tokenizer, {name: tmp_path / name for name in "abc"}, tiny(kind, **options))
+    engine, _ = engine_of(tokenizer, tmp_path, tiny(kind, **options), GraphEngine, "abc", slots=8)
+    assert engine.runner.fused
+    stacks = [(), (("a", 1.0),), (("b", 0.7),), (("c", 1.0),), (("a", 0.7), ("b", -0.3)), (("b", 1.0),)]
+    asked = [(stack, ask(engine, "which of them answers this", 14, stack)) for stack in stacks]
+    for stack, ticket in asked:
+        assert read(ticket) == alone(stack, "which of them answers this", 14)
+    engine.shutdown(5)
+    assert type(engine.runner.model.base_model.layers[0]).__name__ != "ServedBlock"
+
+
+@pytest.mark.parametrize("kind, options", [("gemma", {}), ("llama", {"hidden_act": "gelu"}), ("olmo2", {})])
+def test_another_kind_of_block_is_the_models_own(kind, options, tokenizer, tmp_path):
+    write(tmp_path / "a", 1, model=tiny(kind, **options))
+    alone = Alone(tokenizer, {"a": tmp_path / "a"}, tiny(kind, **options))
+    engine, _ = engine_of(tokenizer, tmp_path, tiny(kind, **options), GraphEngine, "a")
+    assert not engine.runner.fused
+    for stack in ((), (("a", 1.0),)):
+        assert read(ask(engine, "as it is", 8, stack)) == alone(stack, "as it is", 8)
+    engine.shutdown(5)
+
+
+def test_rows_without_an_adapter_are_bit_equal_to_the_base(tokenizer, tmp_path):
+    write(tmp_path / "a", 1)
+    engine, _ = engine_of(tokenizer, tmp_path, tiny_llama(), GraphEngine, "a", slots=4)
+    read(ask(engine, "warm", 2, [("a", 1.0)]))
+    rows = [(0, 5, 7, ()), (1, 5, 8, ((0, 1.0),)), (2, 5, 9, ())]
+    mixed = engine.runner.tokens(rows).clone()
+    plain = engine.runner.tokens([(slot, at, token, ()) for slot, at, token, _ in rows]).clone()
+    assert engine.runner.fused and torch.equal(mixed[[0, 2]], plain[[0, 2]]) and not torch.equal(mixed[1], plain[1])
+    engine.shutdown(5)
+
+
+INTERPRETED = """
+import torch
+from block_checks import check_base_rows, check_block
+from veneer.kernels import served, served_attention
+
+def bounds(*ends):  # the interpreter's own numbers are arrays of one element, which NumPy 2.4 makes no index of
+    return range(*(end.handle.data.item() if hasattr(end, "handle") else int(end) for end in ends))
+
+served_attention.range = bounds
+assert served._runs(torch.empty(1))
+for size in (1, 16, 32):
+    check_block(1e-5, torch.float32, rows=9, size=size)
+check_block(1e-5, torch.float32, rows=5, D=300, I=530, rank=64, heads=(1, 2, 80))
+check_block(4e-3, torch.float16, rows=18)
+for size in (1, 16):
+    check_base_rows(torch.float32, rows=9, size=size)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_of_a_served_block_interpreted(monkeypatch):
+    """In float32 and float16: the interpreter has no products of bfloat16."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", ":".join([*sys.path, str(__file__).rsplit("/", 1)[0]]))
+    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, timeout=120)
