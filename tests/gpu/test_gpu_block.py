@@ -14,10 +14,10 @@ WIDE = {"rows": 64, "D": 4096, "I": 14336, "heads": (8, 4, 128), "C": 1024}
 @pytest.mark.parametrize("size", [1, 16, 32])
 @pytest.mark.parametrize("options", [{}, {"rows": 37, "D": 300, "I": 530, "rank": 64, "heads": (1, 2, 80)}, WIDE])
 def test_the_kernels_of_a_served_block_are_their_twins(dtype, size, options):
-    check_block(1e-4 if dtype == torch.float32 else 2e-2, dtype, "cuda", size=size, **options)
+    check_block(1e-4 if dtype == torch.float32 else 2e-2, dtype, "cuda", size, **options)
 
 
 @pytest.mark.parametrize("size", [1, 16, 32])
 @pytest.mark.parametrize("options", [{}, WIDE])
 def test_rows_without_an_adapter_are_bit_equal_to_the_base(size, options):
-    check_base_rows(torch.bfloat16, "cuda", size=size, **options)
+    check_base_rows(torch.bfloat16, "cuda", size, **options)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from serve.served import Alone, GraphEngine, ask, engine_of, read, write
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conftest import tiny_llama
 
@@ -80,11 +80,11 @@ def bounds(*ends):  # the interpreter's own numbers are arrays of one element, w
 served_attention.range = bounds
 assert served._runs(torch.empty(1))
 for size in (1, 16, 32):
-    check_block(1e-5, torch.float32, rows=9, size=size)
-check_block(1e-5, torch.float32, rows=5, D=300, I=530, rank=64, heads=(1, 2, 80))
-check_block(4e-3, torch.float16, rows=18)
+    check_block(1e-5, torch.float32, "cpu", size, rows=9)
+check_block(1e-5, torch.float32, "cpu", 16, rows=5, D=300, I=530, rank=64, heads=(1, 2, 80))
+check_block(4e-3, torch.float16, "cpu", 16, rows=18)
 for size in (1, 16):
-    check_base_rows(torch.float32, rows=9, size=size)
+    check_base_rows(torch.float32, "cpu", size, rows=9)
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from serve.served import GraphEngine, ask, engine_of, read, write
 
 from conftest import tiny_llama
 from veneer.serve import Registry, static, trusted
-from veneer.serve.graphs import GraphRunner
+from veneer.serve.graphs import GraphRunner, OwnBlocks
 from veneer.serve.runner import Runner
 
 
@@ -23,14 +24,27 @@ def registry(monkeypatch):
     return SimpleNamespace(model=model, targets=targets, device=torch.device("cuda", 0), dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("sound", [True, False])
-def test_kernels_that_fail_their_trial_are_not_used(registry, monkeypatch, sound):
+@pytest.mark.parametrize(
+    "sound, blocks, chosen", [(True, True, GraphRunner), (True, False, OwnBlocks), (False, True, Runner)]
+)
+def test_kernels_that_fail_their_trial_are_not_used(registry, monkeypatch, sound, blocks, chosen):
     monkeypatch.setattr(trusted, "sound", lambda device, dtype, shapes, cache: sound)
-    if sound:
-        assert trusted.runner_for(registry) is GraphRunner
-    else:
-        with pytest.warns(UserWarning, match="slower"):
-            assert trusted.runner_for(registry) is Runner
+    monkeypatch.setattr(trusted, "sound_blocks", lambda device, dtype, shapes: blocks)
+    with nullcontext() if chosen is GraphRunner else pytest.warns(UserWarning, match="slower"):
+        assert trusted.runner_for(registry) is chosen
+
+
+def test_the_models_own_blocks_answer_alike(tokenizer, tmp_path, monkeypatch):
+    """Where the kernels of whole blocks are not trusted."""
+    write(tmp_path / "a", 1)
+    answers = []
+    for kind in (OwnBlocks, GraphRunner):
+        monkeypatch.setattr(GraphEngine, "_runner", staticmethod(lambda registry, kind=kind: kind))
+        engine, _ = engine_of(tokenizer, tmp_path, kind=GraphEngine, adapters="a")
+        answers.append([read(ask(engine, "either way", 9, stack)) for stack in ((), [("a", 1.0)])])
+        assert engine.runner.fused == (kind is GraphRunner)
+        engine.shutdown(0)
+    assert answers[0] == answers[1]
 
 
 def test_the_trial_has_the_models_shapes(registry):
@@ -39,6 +53,7 @@ def test_the_trial_has_the_models_shapes(registry):
     keys, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     assert shapes.linears == ((48, (16, 64, 128)), (128, (48,)))
     assert shapes.heads == (min(2, keys), config.num_attention_heads // keys, width)
+    assert shapes.block == (config.hidden_size, config.intermediate_size)
 
 
 def test_a_registry_without_a_gpu_is_served_plainly(tmp_path):

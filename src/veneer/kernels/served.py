@@ -64,7 +64,7 @@ def _jit(function):
 def _times(v, a, total, M: tl.constexpr):
     """total + v a, for v (M, K) and a (K, N): on tensor cores but for a single row, whose tiles would be empty rows."""
     if M == 1:
-        total += tl.sum(tl.trans(v).to(tl.float32) * a.to(tl.float32), 0)[None, :]
+        total += tl.sum(tl.sum(v.to(tl.float32), 0)[:, None] * a.to(tl.float32), 0)[None, :]
     else:
         total = tl.dot(v, a, total, input_precision="ieee")
     return total

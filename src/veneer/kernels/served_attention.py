@@ -16,13 +16,14 @@ PROGRAMS = 1024
 
 
 class Attended(NamedTuple):
-    """Parts of `split` keys: outputs `part` (B, K, N, G, E) and logarithms of masses (B, K, N, G), float32; -inf where a
-    row has no key in a part, and then the output is not written. `positions` (B) are the rows' own."""
+    """Parts of `split` keys: outputs `part` (B, K, N, G, E) and logarithms of masses (B, K, N, G), float32. Those in which
+    a row sees no key, by its own of `positions` (B) and `window`, are not written."""
 
     part: Tensor
     mass: Tensor
     positions: Tensor
     split: int
+    window: int
 
 
 @_jit
@@ -32,11 +33,11 @@ def _attend(q, keys, values, slots, positions, part, mass_log, scale, window, ro
     first = tl.maximum(split * SPLIT, length - window)
     last = tl.minimum(split * SPLIT + SPLIT, length)
     g, e = tl.arange(0, BG), tl.arange(0, BE)
-    out = (row * K + head) * SPLITS + split
-    best = tl.full((BG,), float("-inf"), tl.float32)
-    mass = tl.zeros((BG,), tl.float32)
-    total = tl.zeros((BG, BE), tl.float32)
     if first < last:
+        out = (row * K + head) * SPLITS + split
+        best = tl.full((BG,), float("-inf"), tl.float32)
+        mass = tl.zeros((BG,), tl.float32)
+        total = tl.zeros((BG, BE), tl.float32)
         inside = (g[:, None] < G) & (e[None, :] < E)
         query = tl.load(q + ((row * K + head) * G + g[:, None]) * E + e[None, :], mask=inside, other=0.0)
         for start in range(first // BN * BN, last, BN):
@@ -55,27 +56,25 @@ def _attend(q, keys, values, slots, positions, part, mass_log, scale, window, ro
             mass = mass * keep + tl.sum(p, 1)
             total = total * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             best = new
-        total = total / mass[:, None]
-        tl.store(part + (out * G + g[:, None]) * E + e[None, :], total, mask=inside)
-        best = best + tl.log(mass)
-    tl.store(mass_log + out * G + g, best, mask=g < G)
+        tl.store(part + (out * G + g[:, None]) * E + e[None, :], total / mass[:, None], mask=inside)
+        tl.store(mass_log + out * G + g, best + tl.log(mass), mask=g < G)
 
 
 @_jit
-def _gather(part, mass, positions, tiles, A, y, parts, rows, K, G, E, W: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
+def _gather(part, mass, positions, tiles, A, y, parts, window, rows, K, G, E, W: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
     head, e = tl.program_id(0), tl.arange(0, BE)
     place, row = _tile(tiles, M)
     if tl.max(row, 0) >= 0:
         there, width = row >= 0, K * G * E
-        used = tl.load(positions + row, mask=there, other=-1).to(tl.int32) // SPLIT + 1
+        length = tl.load(positions + row, mask=there, other=-1).to(tl.int32) + 1
+        first, last = tl.maximum(length - window, 0) // SPLIT, tl.cdiv(length, SPLIT)
         best = tl.full((M,), float("-inf"), tl.float32)
         total = tl.zeros((M,), tl.float32)
         out = tl.zeros((M, BE), tl.float32)
-        for split in range(0, tl.max(used, 0)):
-            at = ((row * K + head // G) * SPLITS + split) * G + head % G
-            share = tl.load(mass + at, mask=there & (split < used), other=float("-inf"))
-            seen = (share > float("-inf"))[:, None] & (e[None, :] < E)
-            own = tl.load(part + at[:, None] * E + e[None, :], mask=seen, other=0.0)
+        for split in range(0, tl.max(last, 0)):
+            at, seen = ((row * K + head // G) * SPLITS + split) * G + head % G, (split >= first) & (split < last)
+            share = tl.load(mass + at, mask=seen, other=float("-inf"))
+            own = tl.load(part + at[:, None] * E + e[None, :], mask=seen[:, None] & (e[None, :] < E), other=0.0)
             new = tl.maximum(best, share)
             base = tl.where(new > float("-inf"), new, 0.0)
             keep, share = tl.exp(best - base), tl.exp(share - base)
@@ -99,6 +98,7 @@ def attend_parts(
     if not _runs(q):
         return attend_parts_twin(q, keys, values, slots, positions, scale, window)
     (rows, K, G, E), C = q.shape, keys.shape[2]
+    window = C if window is None else window
     wanted = min(16, max(1, PROGRAMS // (rows * K)))
     each = max(64, -(-C // wanted // 64) * 64)
     parts = -(-C // each)
@@ -107,23 +107,23 @@ def attend_parts(
     BE = max(16, _power(E))
     BN = min(64, max(16, 16384 // (BE * q.element_size())))  # of float32 and wide heads, 64 keys at a time do not fit
     _attend[(rows, K, parts)](
-        q, keys, values, slots, positions, part, mass, scale, C if window is None else window,
-        rows, C, K, G, E, each, parts, BN, max(16, _power(G)), BE,
+        q, keys, values, slots, positions, part, mass, scale, window,
+        rows, C, K, G, E, each, parts, BN, max(16, _power(G)), BE, num_stages=2,
     )  # fmt: skip
-    return Attended(part, mass, positions, each)
+    return Attended(part, mass, positions, each, window)
 
 
 def gather(attended: Attended, table: Table, A: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """The heads' outputs (B, K·G·E) in the dtype of `like`, and parts of h for the A (P, K·G·E, W) that reads them."""
-    part, mass, positions, split = attended
+    part, mass, positions, split, window = attended
     if not _runs(like):
         return gather_twin(attended, table, A, like)
     (rows, K, splits, G, E), (count, M) = part.shape, table.tiles.shape
     y = torch.empty(rows, K * G * E, dtype=like.dtype, device=like.device)
     wide, parts, W, BW = next_parts(A, y, K * G)
     _gather[(K * G, count)](
-        part, mass, positions, table.tiles, wide, y, y if parts is None else parts, rows, K, G, E, W, split, splits,
-        M - 1, BW, max(16, _power(E)), num_warps=4,
+        part, mass, positions, table.tiles, wide, y, y if parts is None else parts, window, rows, K, G, E, W, split, splits,
+        M - 1, BW, max(16, _power(E)), num_warps=1 if M == 2 else 4,
     )  # fmt: skip
     return y, parts
 
@@ -147,7 +147,7 @@ def attend_parts_twin(
     scores = torch.einsum("bkgd,bkcd->bkgc", q.float(), k) * scale
     scores = scores.masked_fill(unseen[:, None, None], float("-inf"))
     part = torch.einsum("bkgc,bkcd->bkgd", scores.softmax(-1), v)
-    return Attended(part.unsqueeze(2), scores.logsumexp(-1).unsqueeze(2), positions, keys.shape[2])
+    return Attended(part.unsqueeze(2), scores.logsumexp(-1).unsqueeze(2), positions, keys.shape[2], keys.shape[2])
 
 
 def gather_twin(attended: Attended, table: Table, A: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -25,29 +25,36 @@ from veneer.kernels.served_block_twins import Update
 
 CHUNK = tl.constexpr(16)
 """Parts of h that are read at a time."""
+ADDED, GATED = 128, 256
+"""Columns that a program of `add` and of `gated` takes."""
 
 
 @_jit
 def _summed(hidden, row, rows, W, N: tl.constexpr, M: tl.constexpr, BR: tl.constexpr):
     """Σ_n of BR columns of h (N, rows, W) for the rows (M), some parts at a time."""
-    at, r = row[:, None, None] * W, tl.arange(0, BR)[None, None, :]
+    r = tl.arange(0, BR)
     total = tl.zeros((M, BR), tl.float32)
     for start in tl.static_range(0, N, CHUNK):
-        n = start + tl.arange(0, CHUNK)[None, :, None]
-        part = tl.load(hidden + n * rows * W + at + r, mask=(at >= 0) & (n < N), other=0.0)
-        total += tl.sum(part, 1)
+        n = start + tl.arange(0, CHUNK)
+        if M == 1:
+            at = n[:, None] * rows * W + tl.max(row, 0) * W + r[None, :]
+            total += tl.sum(tl.load(hidden + at, mask=n[:, None] < N, other=0.0), 0)[None, :]
+        else:
+            own = row[:, None, None] * W
+            at = n[None, :, None] * rows * W + own + r[None, None, :]
+            total += tl.sum(tl.load(hidden + at, mask=(own >= 0) & (n[None, :, None] < N), other=0.0), 1)
     return total
 
 
 @_jit
-def _updated(y, hidden, B, weights, place, row, o, rows, O, W, offset, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
-    """y (M, BO) float32 plus the update of its columns o."""
+def _updated(y, hidden, B, weights, place, row, o, seen, rows, O, W, offset, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+    """y (M, BO) float32 plus the update of its columns o, where they are `seen`."""
     there = row >= 0
     weight = tl.load(weights + row, mask=there, other=0.0)
     total = tl.zeros((M, BO), tl.float32)
     for start in range(0, R, BR):
         r = start + tl.arange(0, BR)
-        b = tl.load(B + place * R * O + r[:, None] * O + o[None, :], mask=o[None, :] < O, other=0.0)
+        b = tl.load(B + place * R * O + r[:, None] * O + o[None, :], mask=seen[None, :], other=0.0)
         h = _summed(hidden + offset + start, row, rows, W, N, M, BR)
         total = _times(h.to(b.dtype), b, total, M)
     return y + weight[:, None] * total
@@ -86,7 +93,7 @@ def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, V: tl.con
             u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
             if N:
                 if place >= 0:
-                    u = _updated(u, hidden, B, weights, place, row, o, rows, D, W, 0, N, R, M, BR, BO)
+                    u = _updated(u, hidden, B, weights, place, row, o, o < D, rows, D, W, 0, N, R, M, BR, BO)
             v = (v.to(tl.float32) + u).to(v.dtype)
             tl.store(x + at, v, mask=inside)
         if BV:
@@ -97,48 +104,44 @@ def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, V: tl.con
 
 
 @_jit
-def _rotate_head(y, stride, B, norm, out, at, cos, sin, hidden, weights, place, row, head, rows, O, W, offset, E, eps, ROTATE: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
-    e, half = tl.arange(0, BE), E // 2
-    inside = (row[:, None] >= 0) & (e[None, :] < half)
-    low, high = head * E + e, head * E + half + e
-    a = tl.load(y + row[:, None] * stride + low[None, :], mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(y + row[:, None] * stride + high[None, :], mask=inside, other=0.0).to(tl.float32)
-    if N:
-        if place >= 0:
-            low, high = tl.where(e < half, low, O), tl.where(e < half, high, O)
-            a = _updated(a, hidden, B, weights, place, row, low, rows, O, W, offset, N, R, M, BR, BE)
-            b = _updated(b, hidden, B, weights, place, row, high, rows, O, W, offset, N, R, M, BR, BE)
-    kept = y.dtype.element_ty
-    if NORM:
-        r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / E + eps)[:, None]
-        a = (a * r).to(kept).to(tl.float32) * tl.load(norm + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-        b = (b * r).to(kept).to(tl.float32) * tl.load(norm + half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
-    if ROTATE:
-        turn = row[:, None] * E + e[None, :]
-        c = tl.load(cos + turn, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + turn, mask=inside, other=0.0).to(tl.float32)
-        other_c = tl.load(cos + turn + half, mask=inside, other=0.0).to(tl.float32)
-        other_s = tl.load(sin + turn + half, mask=inside, other=0.0).to(tl.float32)
-        a, b = a * c - b * s, b * other_c + a * other_s
-    tl.store(out + at[:, None] + e[None, :], a.to(kept), mask=inside)
-    tl.store(out + at[:, None] + half + e[None, :], b.to(kept), mask=inside)
-
-
-@_jit
 def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tiles, hidden, weights, slots, positions, keys, values, eps, rows, W, C, H, K, E, NORM: tl.constexpr, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
-    head = tl.program_id(0)
     place, row = _tile(tiles, M)
     if tl.max(row, 0) >= 0:
-        slot = tl.load(slots + row, mask=row >= 0, other=0).to(tl.int64)
-        position = tl.load(positions + row, mask=row >= 0, other=0).to(tl.int64)
-        if head < H:
-            _rotate_head(q, sq, B0, norm_q, out, row * H * E + head * E, cos, sin, hidden, weights, place, row, head, rows, H * E, W, 0, E, eps, True, NORM, N, R, M, BR, BE)  # fmt: skip # noqa: E501
-        elif head < H + K:
-            at = ((slot * K + head - H) * C + position) * E
-            _rotate_head(k, sk, B1, norm_k, keys, at, cos, sin, hidden, weights, place, row, head - H, rows, K * E, W, R, E, eps, True, NORM, N, R, M, BR, BE)  # fmt: skip # noqa: E501
-        else:
-            at = ((slot * K + head - H - K) * C + position) * E
-            _rotate_head(v, sv, B2, norm_k, values, at, cos, sin, hidden, weights, place, row, head - H - K, rows, K * E, W, 2 * R, E, eps, False, False, N, R, M, BR, BE)  # fmt: skip # noqa: E501
+        head, there = tl.program_id(0), row >= 0
+        y, stride, B, norm, to, O, offset = q, sq, B0, norm_q, out, H * E, 0  # noqa: E741
+        at = row * O + head * E
+        if head >= H:  # a head of k or of v, which goes where its row's slot has room for its position
+            head -= H
+            y, stride, B, norm, to, O, offset = k, sk, B1, norm_k, keys, K * E, R  # noqa: E741
+            if head >= K:
+                head -= K
+                y, stride, B, to, offset = v, sv, B2, values, 2 * R
+            slot = tl.load(slots + row, mask=there, other=0).to(tl.int64)
+            at = ((slot * K + head) * C + tl.load(positions + row, mask=there, other=0).to(tl.int64)) * E
+        turned = tl.program_id(0) < H + K
+        e, half = tl.arange(0, BE), E // 2
+        inside = there[:, None] & (e[None, :] < half)
+        low, high = head * E + e, head * E + half + e
+        a = tl.load(y + row[:, None] * stride + low[None, :], mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(y + row[:, None] * stride + high[None, :], mask=inside, other=0.0).to(tl.float32)
+        turn, seen = row[:, None] * E + e[None, :], inside & turned
+        c = tl.load(cos + turn, mask=seen, other=1.0).to(tl.float32)
+        s = tl.load(sin + turn, mask=seen, other=0.0).to(tl.float32)
+        high_c = tl.load(cos + turn + half, mask=seen, other=1.0).to(tl.float32)
+        high_s = tl.load(sin + turn + half, mask=seen, other=0.0).to(tl.float32)
+        if N:
+            if place >= 0:
+                a = _updated(a, hidden, B, weights, place, row, low, e < half, rows, O, W, offset, N, R, M, BR, BE)
+                b = _updated(b, hidden, B, weights, place, row, high, e < half, rows, O, W, offset, N, R, M, BR, BE)
+        kept = out.dtype.element_ty
+        if NORM:
+            if turned:
+                r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / E + eps)[:, None]
+                low_n = tl.load(norm + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+                high_n = tl.load(norm + half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
+                a, b = (a * r).to(kept).to(tl.float32) * low_n, (b * r).to(kept).to(tl.float32) * high_n
+        tl.store(to + at[:, None] + e[None, :], (a * c - b * s).to(kept), mask=inside)
+        tl.store(to + at[:, None] + half + e[None, :], (b * high_c + a * high_s).to(kept), mask=inside)
 
 
 @_jit
@@ -151,8 +154,8 @@ def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, pa
         u = tl.load(up + row[:, None] * up_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
         if N:
             if place >= 0:
-                g = _updated(g, hidden, B0, weights, place, row, o, rows, I, W, 0, N, R, M, BR, BO)
-                u = _updated(u, hidden, B1, weights, place, row, o, rows, I, W, R, N, R, M, BR, BO)
+                g = _updated(g, hidden, B0, weights, place, row, o, o < I, rows, I, W, 0, N, R, M, BR, BO)
+                u = _updated(u, hidden, B1, weights, place, row, o, o < I, rows, I, W, R, N, R, M, BR, BO)
         v = (g / (1.0 + tl.exp(-g)) * u).to(gate.dtype.element_ty)
         tl.store(out + row[:, None] * I + o[None, :], v, mask=inside)
         if BV:
@@ -160,13 +163,9 @@ def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, pa
                 _shrunk(v, A, parts, place, row, tl.program_id(0), o, rows, I, V, M, BV)
 
 
-def columns_of(width: int, tile: int) -> int:
-    """Columns that a program takes of a row of so many, `tile` rows at a time."""
-    return (256 if width <= 8192 else 512) * 16 // max(16, tile)
-
-
 def _warps(tile: int, columns: int) -> int:
-    return 8 if tile * columns >= 8192 else 4
+    """A single row's product with a factor stays in one warp, which sums it without the others."""
+    return 1 if tile == 1 else tile // 8 * max(1, columns // 256)
 
 
 def _hidden(update: Update | None, x: Tensor, targets: int) -> tuple[Tensor, list[Tensor], int, int, int, int]:
@@ -201,13 +200,12 @@ def add(
     if not _runs(x):
         return twins.add(x, y, update, table, weight, A)
     (rows, D), (tiles, weights), M = x.shape, table, table.tiles.shape[1] - 1
-    BO = columns_of(D, M)
-    blocks = -(-D // BO)
+    blocks = -(-D // ADDED)
     hidden, B, W, N, R, BR = _hidden(update, x, 1)
     wide, parts, V, BV = next_parts(A, x, blocks)
     _add[(blocks, tiles.shape[0])](
         x, x if y is None else y, tiles, hidden, B[0], weights, weight, wide, x if parts is None else parts, rows, D, W,
-        V, y is not None, N, R, M, BR, BV, BO, num_warps=_warps(M, BO),
+        V, y is not None, N, R, M, BR, BV, ADDED, num_warps=_warps(M, ADDED),
     )  # fmt: skip
     return parts
 
@@ -219,7 +217,8 @@ def rotate(
     """q, k and v plus their updates; q and k normed by head if there are `norms` (E each), and turned → q; k and v are
     written into the cache at their slots and positions.
 
-    q (B, H·E), k and v (B, K·E) may be parts of one matrix, turn = cos and sin (B, E), slots and positions (B), keys and values (S, K, C, E).
+    q (B, H·E), k and v (B, K·E) may be parts of one matrix; turn = cos and sin (B, E), slots and positions (B), keys and
+    values (S, K, C, E).
     """
     q, k, v = qkv
     if not _runs(q):
@@ -228,8 +227,8 @@ def rotate(
     hidden, B, W, N, R, BR = _hidden(update, q, 3)
     H, out = q.shape[1] // E, q.new_empty(q.shape)
     _rotate[(H + 2 * K, tiles.shape[0])](
-        q, k, v, *(t.stride(0) for t in qkv), out, *B, *(norms or (q, q)), *turn, tiles, hidden, weights, slots, positions, keys, values, eps, q.shape[0],
-        W, C, H, K, E, norms is not None, N, R, M, BR, max(16, _power(E // 2)), num_warps=4,
+        q, k, v, *(t.stride(0) for t in qkv), out, *B, *(norms or (q, q)), *turn, tiles, hidden, weights, slots, positions,
+        keys, values, eps, q.shape[0], W, C, H, K, E, norms is not None, N, R, M, BR, max(16, _power(E // 2)), num_warps=_warps(M, E),
     )  # fmt: skip
     return out
 
@@ -242,12 +241,12 @@ def gated(
     if not _runs(gate):
         return twins.gated(gate, up, update, table, A)
     (rows, I), (tiles, weights), M = gate.shape, table, table.tiles.shape[1] - 1
-    BO, out = columns_of(I, M), gate.new_empty(gate.shape)
-    blocks = -(-I // BO)
+    out, blocks = gate.new_empty(gate.shape), -(-I // GATED)
     hidden, B, W, N, R, BR = _hidden(update, gate, 2)
     wide, parts, V, BV = next_parts(A, gate, blocks)
     _gate[(blocks, tiles.shape[0])](
         gate, up, out, gate.stride(0), up.stride(0), tiles, hidden, *B, weights, wide, gate if parts is None else parts,
-        rows, I, W, V, N, R, M, BR, BV, BO, num_warps=_warps(M, BO),
+        rows, I, W, V, N, R, M, BR, BV, GATED,
+        num_warps=_warps(M, GATED) if N or V else 4,
     )  # fmt: skip
     return out, parts

@@ -60,7 +60,7 @@ def rotate(
     turn: tuple[Tensor, Tensor], slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
 ) -> Tensor:  # fmt: skip
     """See `served_block.rotate`."""
-    (_, K, C, E), dtype = keys.shape, qkv[0].dtype
+    (_, K, _, E), dtype = keys.shape, qkv[0].dtype
     q, k, v = (_updated(y, update, table, n).unflatten(1, (-1, E)) for n, y in enumerate(qkv))
     if norms is not None:
         q, k = (_rms(y, weight, eps, dtype)[0] for y, weight in zip((q, k), norms))

@@ -11,6 +11,7 @@ from torch import Tensor
 from veneer.kernels import served_prompts
 from veneer.kernels.served import ROWS, expand, expand_twin, shrink, shrink_twin, tile_rows
 from veneer.kernels.served_attention import attend, attend_twin
+from veneer.kernels.served_block_check import Trial
 from veneer.kernels.served_prompts import QUERIES, attend_pieces, attend_pieces_twin, most_tiles, piece_tiles
 
 RANK = 16
@@ -29,6 +30,8 @@ class Shapes:
     heads: tuple[int, int, int] = (2, 3, 24)
     """Key heads, queries of each, head width."""
     windows: tuple[int | None, ...] = (None, 9)
+    block: tuple[int, int] | None = None
+    """Widths of the residual stream and of the gated activation, where blocks are served whole."""
 
 
 def deviation(
@@ -52,6 +55,17 @@ def sound(
     """Whether the kernels can be trusted here: as near to their definitions as both dtypes round."""
     exact = {dtype, cache or dtype} == {torch.float32}
     return deviation(device, dtype, shapes, cache) <= (1e-4 if exact else 2e-2)
+
+
+def sound_blocks(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> bool:
+    """Whether the kernels of whole blocks can be trusted here, with tiles of all sizes."""
+    (D, I), (K, G, E) = shapes.block, shapes.heads  # noqa: E741
+    try:
+        trials = [Trial(dtype, device, size, D=D, I=I, heads=(K, G, E)) for size in (1, ROWS, served_prompts.ROWS)]
+        worst = torch.stack([_difference(*pair[1:]) for trial in trials for pair in trial.pairs()]).max()
+    except Exception:  # noqa: BLE001 whatever a compiler or driver says: the models' own blocks are there
+        return False
+    return bool(worst <= (1e-4 if dtype == torch.float32 else 2e-2))
 
 
 def _difference(found: Tensor, wanted: Tensor) -> Tensor:

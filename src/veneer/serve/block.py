@@ -6,7 +6,7 @@ last is added as the next one begins, where it is normed, so blocks hand on y: `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,7 @@ class ServedBlock(nn.Module):
 class ServedNorm(nn.Module):
     """The model's last norm, which adds what the last block left to be added."""
 
-    def __init__(self, norm: nn.Module, flow: Flow, table: Any) -> None:
+    def __init__(self, norm: nn.Module, flow: Flow, table: Callable[[], Table]) -> None:
         super().__init__()
         self.norm = norm
         self.__dict__["flow"], self.__dict__["table"] = flow, table
@@ -158,24 +158,30 @@ class ServedNorm(nn.Module):
         return self.flow.into(x.view(-1, x.shape[-1]), self.norm, None, self.table())[0].view_as(x)
 
 
-def served_blocks(model: nn.Module, pool: Pool, table: Any) -> dict[str, nn.Module]:
-    """What takes the place of a model's blocks and last norm, by name; nothing for a model of another kind.
+def known(model: nn.Module) -> bool:
+    """Whether a model is of blocks that can be served with few launches, and a last norm."""
+    inner, config = model.base_model, model.config.get_text_config()
+    layers = list(getattr(inner, "layers", ()))
+    fits = getattr(config, "hidden_act", None) == "silu" and config.hidden_size <= WIDEST
+    fits = fits and hasattr(inner, "norm") and bool(layers)
+    return fits and all(type(layer).__name__ in KNOWN and layer.self_attn.head_dim % 2 == 0 for layer in layers)
+
+
+def served_blocks(model: nn.Module, pool: Pool, table: Callable[[], Table]) -> dict[str, nn.Module]:
+    """What takes the place of a known model's blocks and last norm, by name; nothing for another model.
 
     `table` gives the table of the pass at hand.
     """
-    inner = model.base_model
-    layers, norm = getattr(inner, "layers", ()), getattr(inner, "norm", None)
-    config, groups = model.config.get_text_config(), {group.targets: group for group in pool.groups}
+    groups = {group.targets: group for group in pool.groups}
     names = {module: name for name, module in model.named_modules()}
-    if norm is None or not len(layers) or config.hidden_act != "silu" or config.hidden_size > WIDEST:
+    layers = list(model.base_model.layers) if known(model) else []
+    parts = {layer: [tuple(f"{names[layer]}.{leaf}" for leaf in leaves) for leaves in PARTS] for layer in layers}
+    if not layers or not groups.keys() >= {part for own in parts.values() for part in own}:
         return {}
     flow, found = Flow(), {}
-    for layer in layers:
-        own = [tuple(f"{names[layer]}.{part}" for part in parts) for parts in PARTS]
-        if type(layer).__name__ not in KNOWN or not groups.keys() >= set(own) or layer.self_attn.head_dim % 2:
-            return {}
-        products = [
-            Products([model.get_submodule(name) for name in part], groups[part], pool) for part in own
-        ]
+    for layer, own in parts.items():
+        linears = [[model.get_submodule(name) for name in part] for part in own]
+        products = [Products(layers, groups[part], pool) for layers, part in zip(linears, own)]
         found[names[layer]] = ServedBlock(layer, products, flow)
+    norm = model.base_model.norm
     return found | {names[norm]: ServedNorm(norm, flow, table)}

@@ -24,8 +24,8 @@ WRITING = (1, 8, 16, 32, 64, 128, 256)
 READING = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens of prompts in a pass's graph: no two neighbours are further apart than half, for padding costs as much."""
 
-SHARED = 2
-"""Rows of an adapter, in the mean, from which on tiles are shared."""
+SHARED = 3
+"""Rows of an adapter, in the mean, beyond which tiles are shared."""
 
 WHAT = {StaticRows: "writes answers", StaticPieces: "reads prompts"}
 
@@ -173,3 +173,9 @@ class GraphRunner(Runner):
         if self._logits is None:
             self._logits = logits.new_empty(self.slots, logits.shape[1])
         self._logits[: len(logits)].copy_(logits)
+
+
+class OwnBlocks(GraphRunner):
+    """`GraphRunner` over the model's own blocks: for a GPU on which the kernels of whole ones are wrong."""
+
+    fuses = False
