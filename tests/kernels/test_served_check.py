@@ -43,7 +43,7 @@ def test_a_model_of_other_shapes_and_another_dtype_of_its_cache():
     assert sound(CPU, torch.float32, shapes, torch.bfloat16) and sound(CPU, torch.bfloat16, shapes, torch.float16)
 
 
-BLOCK = Shapes(heads=(2, 3, 12), block=(84, 136))
+BLOCK = Shapes(heads=(2, 3, 12), block=(84, 136, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

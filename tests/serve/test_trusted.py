@@ -53,7 +53,7 @@ def test_the_trial_has_the_models_shapes(registry):
     keys, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     assert shapes.linears == ((48, (16, 64, 128)), (128, (48,)))
     assert shapes.heads == (min(2, keys), config.num_attention_heads // keys, width)
-    assert shapes.block == (config.hidden_size, config.intermediate_size)
+    assert shapes.block == (config.hidden_size, config.intermediate_size, False)
 
 
 def test_a_registry_without_a_gpu_is_served_plainly(tmp_path):

@@ -78,13 +78,21 @@ def _tile(tiles, M: tl.constexpr):
 
 
 @_jit
-def _shrunk(v, A, parts, place, row, n, i, rows, I, W: tl.constexpr, M: tl.constexpr, BW: tl.constexpr):
-    """Part n of h: v (M, BI), zero beyond I, times A of the columns i."""
+def _factor(A, place, i, start, I, W: tl.constexpr, BW: tl.constexpr):
+    """BW columns of A of the inputs i; zeros where there are none, or no place."""
+    w = start + tl.arange(0, BW)
+    inside = (i[:, None] < I) & (w[None, :] < W) & (place >= 0)
+    return tl.load(A + place * I * W + i[:, None] * W + w[None, :], mask=inside, other=0.0)
+
+
+@_jit
+def _shrunk(v, a, A, parts, place, row, n, i, rows, I, W: tl.constexpr, M: tl.constexpr, BW: tl.constexpr):
+    """Part n of h: v (M, BI), zero beyond I, times A of the inputs i, whose first columns are at hand as `a`."""
     for start in tl.static_range(0, W, BW):
-        w = start + tl.arange(0, BW)
-        inside = (i[:, None] < I) & (w[None, :] < W)
-        a = tl.load(A + place * I * W + i[:, None] * W + w[None, :], mask=inside, other=0.0)
+        if start:
+            a = _factor(A, place, i, start, I, W, BW)
         h = _times(v.to(a.dtype), a, tl.zeros((M, BW), tl.float32), M)
+        w = start + tl.arange(0, BW)
         at = parts + (n * rows + row[:, None]) * W + w[None, :]
         tl.store(at, h, mask=(row[:, None] >= 0) & (w[None, :] < W))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.kernels.served import Table, _jit, _power, _runs, _shrunk, _tile, next_parts, tl, twin_parts
+from veneer.kernels.served import Table, _factor, _jit, _power, _runs, _shrunk, _tile, next_parts, tl, twin_parts
 
 PROGRAMS = 1024
 """Programs that a GPU is busy with: as many parts of a context as make so many, 16 at most."""
@@ -68,6 +68,9 @@ def _gather(part, mass, positions, tiles, A, y, parts, window, rows, K, G, E, W:
         there, width = row >= 0, K * G * E
         length = tl.load(positions + row, mask=there, other=-1).to(tl.int32) + 1
         first, last = tl.maximum(length - window, 0) // SPLIT, tl.cdiv(length, SPLIT)
+        i = tl.where(e < E, head * E + e, width)
+        if BW:
+            a = _factor(A, place, i, 0, width, W, BW)
         best = tl.full((M,), float("-inf"), tl.float32)
         total = tl.zeros((M,), tl.float32)
         out = tl.zeros((M, BE), tl.float32)
@@ -81,11 +84,10 @@ def _gather(part, mass, positions, tiles, A, y, parts, window, rows, K, G, E, W:
             out = out * keep[:, None] + share[:, None] * own
             total, best = total * keep + share, new
         v = (out / tl.where(there, total, 1.0)[:, None]).to(y.dtype.element_ty)
-        i = tl.where(e < E, head * E + e, width)
         tl.store(y + row[:, None] * width + i[None, :], v, mask=there[:, None] & (e[None, :] < E))
         if BW:
             if place >= 0:
-                _shrunk(v, A, parts, place, row, head, i, rows, width, W, M, BW)
+                _shrunk(v, a, A, parts, place, row, head, i, rows, width, W, M, BW)
 
 
 def attend_parts(

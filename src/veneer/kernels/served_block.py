@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels import served_block_twins as twins
-from veneer.kernels.served import Table, _jit, _power, _runs, _shrunk, _tile, _times, next_parts, tl
+from veneer.kernels.served import Table, _factor, _jit, _power, _runs, _shrunk, _tile, _times, next_parts, tl
 from veneer.kernels.served_block_twins import Update
 
 CHUNK = tl.constexpr(16)
@@ -47,17 +47,31 @@ def _summed(hidden, row, rows, W, N: tl.constexpr, M: tl.constexpr, BR: tl.const
 
 
 @_jit
-def _updated(y, hidden, B, weights, place, row, o, seen, rows, O, W, offset, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+def _updated(y, hidden, B, weights, place, row, o, seen, rows, O, W, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
     """y (M, BO) float32 plus the update of its columns o, where they are `seen`."""
-    there = row >= 0
-    weight = tl.load(weights + row, mask=there, other=0.0)
+    weight = tl.load(weights + row, mask=row >= 0, other=0.0)
     total = tl.zeros((M, BO), tl.float32)
-    for start in range(0, R, BR):
-        r = start + tl.arange(0, BR)
-        b = tl.load(B + place * R * O + r[:, None] * O + o[None, :], mask=seen[None, :], other=0.0)
-        h = _summed(hidden + offset + start, row, rows, W, N, M, BR)
+    for start in tl.static_range(0, R, BR):
+        r = (start + tl.arange(0, BR))[:, None]
+        b = tl.load(B + (place * R + r) * O + o[None, :], mask=seen[None, :], other=0.0)
+        h = _summed(hidden + start, row, rows, W, N, M, BR)
         total = _times(h.to(b.dtype), b, total, M)
     return y + weight[:, None] * total
+
+
+@_jit
+def _both_updated(y, z, hidden, other, B, C, weights, place, row, o, p, seen, rows, O, W, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+    """y and z, each as `_updated`, of columns o of B and p of C: all is read before the first product."""
+    weight = tl.load(weights + row, mask=row >= 0, other=0.0)
+    total, sum = tl.zeros((M, BO), tl.float32), tl.zeros((M, BO), tl.float32)
+    for start in tl.static_range(0, R, BR):
+        r = (start + tl.arange(0, BR))[:, None]
+        b = tl.load(B + (place * R + r) * O + o[None, :], mask=seen[None, :], other=0.0)
+        c = tl.load(C + (place * R + r) * O + p[None, :], mask=seen[None, :], other=0.0)
+        h = _summed(hidden + start, row, rows, W, N, M, BR)
+        g = _summed(other + start, row, rows, W, N, M, BR)
+        total, sum = _times(h.to(b.dtype), b, total, M), _times(g.to(b.dtype), c, sum, M)
+    return y + weight[:, None] * total, z + weight[:, None] * sum
 
 
 @_jit
@@ -89,18 +103,20 @@ def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, V: tl.con
         there, o = row >= 0, tl.program_id(0) * BO + tl.arange(0, BO)
         at, inside = row[:, None] * D + o[None, :], there[:, None] & (o[None, :] < D)
         v = tl.load(x + at, mask=inside, other=0.0)
+        if BV:  # on their way, as all that is read, while y is updated
+            a = _factor(A, place, o, 0, D, V, BV)
+            s = tl.load(scale + o, mask=o < D, other=0.0).to(tl.float32)
         if ADD:
             u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
             if N:
                 if place >= 0:
-                    u = _updated(u, hidden, B, weights, place, row, o, o < D, rows, D, W, 0, N, R, M, BR, BO)
+                    u = _updated(u, hidden, B, weights, place, row, o, o < D, rows, D, W, N, R, M, BR, BO)
             v = (v.to(tl.float32) + u).to(v.dtype)
             tl.store(x + at, v, mask=inside)
         if BV:
             if place >= 0:
-                s = tl.load(scale + o, mask=o < D, other=0.0).to(tl.float32)
                 scaled = (v.to(tl.float32) * s[None, :]).to(v.dtype)
-                _shrunk(scaled, A, parts, place, row, tl.program_id(0), o, rows, D, V, M, BV)
+                _shrunk(scaled, a, A, parts, place, row, tl.program_id(0), o, rows, D, V, M, BV)
 
 
 @_jit
@@ -131,8 +147,10 @@ def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tile
         high_s = tl.load(sin + turn + half, mask=seen, other=0.0).to(tl.float32)
         if N:
             if place >= 0:
-                a = _updated(a, hidden, B, weights, place, row, low, e < half, rows, O, W, offset, N, R, M, BR, BE)
-                b = _updated(b, hidden, B, weights, place, row, high, e < half, rows, O, W, offset, N, R, M, BR, BE)
+                h = hidden + offset
+                a, b = _both_updated(
+                    a, b, h, h, B, B, weights, place, row, low, high, e < half, rows, O, W, N, R, M, BR, BE
+                )
         kept = out.dtype.element_ty
         if NORM:
             if turned:
@@ -152,15 +170,19 @@ def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, pa
         inside = there[:, None] & (o[None, :] < I)
         g = tl.load(gate + row[:, None] * gate_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
         u = tl.load(up + row[:, None] * up_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+        if BV:
+            a = _factor(A, place, o, 0, I, V, BV)
         if N:
             if place >= 0:
-                g = _updated(g, hidden, B0, weights, place, row, o, o < I, rows, I, W, 0, N, R, M, BR, BO)
-                u = _updated(u, hidden, B1, weights, place, row, o, o < I, rows, I, W, R, N, R, M, BR, BO)
+                h = hidden + R
+                g, u = _both_updated(
+                    g, u, hidden, h, B0, B1, weights, place, row, o, o, o < I, rows, I, W, N, R, M, BR, BO
+                )
         v = (g / (1.0 + tl.exp(-g)) * u).to(gate.dtype.element_ty)
         tl.store(out + row[:, None] * I + o[None, :], v, mask=inside)
         if BV:
             if place >= 0:
-                _shrunk(v, A, parts, place, row, tl.program_id(0), o, rows, I, V, M, BV)
+                _shrunk(v, a, A, parts, place, row, tl.program_id(0), o, rows, I, V, M, BV)
 
 
 def _warps(tile: int, columns: int) -> int:
@@ -228,7 +250,8 @@ def rotate(
     H, out = q.shape[1] // E, q.new_empty(q.shape)
     _rotate[(H + 2 * K, tiles.shape[0])](
         q, k, v, *(t.stride(0) for t in qkv), out, *B, *(norms or (q, q)), *turn, tiles, hidden, weights, slots, positions,
-        keys, values, eps, q.shape[0], W, C, H, K, E, norms is not None, N, R, M, BR, max(16, _power(E // 2)), num_warps=_warps(M, E),
+        keys, values, eps, q.shape[0], W, C, H, K, E, norms is not None, N, R, M, BR, max(16, _power(E // 2)),
+        num_warps=_warps(M, E),
     )  # fmt: skip
     return out
 

@@ -38,15 +38,18 @@ class Trial:
     """Rows, some of them without an adapter, in tiles of `size`, and factors of a rank, all random.
 
     D is the width of the residual stream, I of the gated activation, `heads` are (key heads, queries of each, width), C
-    is the context.
+    is the context; `norms`: whether q and k are normed by head. Tried is what a server of adapters for all linears and of
+    the base runs: with them, and without; `full` tries everything with and without everything else.
     """
 
     def __init__(
         self, dtype: torch.dtype, device: torch.device | str, size: int, *, rows: int = 21, rank: int = 16, D: int = 84,
-        I: int = 136, heads: tuple[int, int, int] = (2, 3, 12), C: int = 70,
+        I: int = 136, heads: tuple[int, int, int] = (2, 3, 12), C: int = 70, norms: bool = False,
+        full: bool = False,
     ) -> None:  # fmt: skip # noqa: E741
         self.draw, self.dtype, self.device = torch.Generator().manual_seed(0), dtype, device
         self.rows, self.rank, self.D, self.I, (self.K, self.G, self.E), self.C = rows, rank, D, I, heads, C
+        self.norms, self.full = norms, full
         self.places = torch.randint(-1, PLACES, (rows,), generator=self.draw).tolist()
         self.places[:3], self.places[-1] = [1, 1, 1], -1
         self.table = table_of(self.places, size, device)
@@ -73,7 +76,8 @@ class Trial:
 
     def _norms(self):
         x, y, weight = self.random(self.rows, self.D), self.random(self.rows, self.D), self.random(self.D)
-        update, (A, _) = self.update(3, self.D), self.factors(self.D, 5, 5, 5)
+        o, down = (self.update(parts, self.D) for parts in (self.K * self.G, -(-self.I // served_block.GATED)))
+        qkv, gated = (self.factors(self.D, *[8] * count)[0] for count in (3, 2))
 
         def add(module: ModuleType, *given) -> list[Tensor]:
             mine, (y, update, A) = x.clone(), given
@@ -85,9 +89,9 @@ class Trial:
             mine = x.clone()
             return [module.norm(mine, y, weight, 1e-5)[0], mine]
 
-        for name, given in (("", (y, update, A)), (", no next", (y, update, None)), (", first", (None, None, A))):
-            yield f"add{name}", lambda module, given=given: add(module, *given)
-        for given in (y, None):
+        for given in ((y, o, gated), (y, down, qkv), *([(y, o, None), (None, None, qkv), (y, None, qkv)] * self.full)):
+            yield "add", lambda module, given=given: add(module, *given)
+        for given in (y, *[None] * self.full):
             yield "norm", lambda module, given=given: norm(module, given)
 
     def _rotations(self):
@@ -96,15 +100,17 @@ class Trial:
         turn, norms = [self.random(self.rows, self.E) for _ in range(2)], [self.random(self.E) for _ in range(2)]
         where = self._where()
 
-        def rotate(module: ModuleType, update: Update | None, norms: list[Tensor] | None) -> list[Tensor]:
+        def rotate(module: ModuleType, update: Update | None, normed: bool) -> list[Tensor]:
             keys, values = (torch.zeros(self.rows, self.K, self.C, self.E).to(qkv[0]) for _ in range(2))
-            return [module.rotate(qkv, update, self.table, norms, 1e-5, turn, *where, keys, values), keys, values]
+            options = norms if normed else None, 1e-5, turn
+            return [module.rotate(qkv, update, self.table, *options, *where, keys, values), keys, values]
 
-        for given in ((update, norms), (update, None), (None, norms), (None, None)):
-            yield "rotate", lambda module, given=given: rotate(module, *given)
+        for normed in (self.norms, *[not self.norms] * self.full):
+            for given in (update, None):
+                yield "rotate", lambda module, given=given, normed=normed: rotate(module, given, normed)
 
     def _attentions(self):
-        q, A = self.random(self.rows, self.K, self.G, self.E), self.factors(self.K * self.G * self.E, 5)[0]
+        q, A = self.random(self.rows, self.K, self.G, self.E), self.factors(self.K * self.G * self.E, 8)[0]
         keys, values = (self.random(self.rows, self.K, self.C, self.E) for _ in range(2))
         where = self._where()
 
@@ -117,13 +123,13 @@ class Trial:
 
     def _gates(self):
         gate, up = self.random(self.rows, 2 * self.I).split(self.I, 1)
-        update, A = self.update(1, self.I, self.I), self.factors(self.I, 5)[0]
+        update, A = self.update(1, self.I, self.I), self.factors(self.I, 8)[0]
 
         def gated(module: ModuleType, update: Update | None, A: Tensor | None) -> list[Tensor]:
             out, parts = module.gated(gate, up, update, self.table, A)
             return [out, *self._with_adapter(parts)]
 
-        for given in ((update, A), (update, None), (None, A), (None, None)):
+        for given in ((update, A), (None, None), *([(update, None), (None, A)] * self.full)):
             yield "gate", lambda module, given=given: gated(module, *given)
 
     def _where(self) -> tuple[Tensor, Tensor]:

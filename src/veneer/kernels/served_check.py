@@ -30,8 +30,9 @@ class Shapes:
     heads: tuple[int, int, int] = (2, 3, 24)
     """Key heads, queries of each, head width."""
     windows: tuple[int | None, ...] = (None, 9)
-    block: tuple[int, int] | None = None
-    """Widths of the residual stream and of the gated activation, where blocks are served whole."""
+    block: tuple[int, int, bool] | None = None
+    """Where blocks are served whole: widths of the residual stream and of the gated activation, and whether q and k are
+    normed by head."""
 
 
 def deviation(
@@ -59,9 +60,9 @@ def sound(
 
 def sound_blocks(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> bool:
     """Whether the kernels of whole blocks can be trusted here, with tiles of all sizes."""
-    (D, I), (K, G, E) = shapes.block, shapes.heads  # noqa: E741
+    options = dict(zip(("D", "I", "norms"), shapes.block), heads=shapes.heads)
     try:
-        trials = [Trial(dtype, device, size, D=D, I=I, heads=(K, G, E)) for size in (1, ROWS, served_prompts.ROWS)]
+        trials = [Trial(dtype, device, size, **options) for size in (1, ROWS, served_prompts.ROWS)]
         worst = torch.stack([_difference(*pair[1:]) for trial in trials for pair in trial.pairs()]).max()
     except Exception:  # noqa: BLE001 whatever a compiler or driver says: the models' own blocks are there
         return False

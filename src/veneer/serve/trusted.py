@@ -38,7 +38,10 @@ def shapes_of(registry: Registry) -> Shapes:
     linears = tuple((d_in, tuple(sorted(outs[d_in])[:3])) for d_in in sorted(outs)[-3:])
     config = registry.model.config.get_text_config()
     queries, keys, width = head_sizes(config)
-    block = (config.hidden_size, config.intermediate_size) if known(registry.model) else None
+    block = None
+    if known(registry.model):
+        normed = hasattr(registry.model.base_model.layers[0].self_attn, "q_norm")
+        block = config.hidden_size, config.intermediate_size, normed
     return Shapes(linears, (min(keys, 2), queries // keys, width), block=block)
 
 
