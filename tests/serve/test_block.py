@@ -72,12 +72,12 @@ def test_rows_without_an_adapter_are_bit_equal_to_the_base(tokenizer, tmp_path):
 INTERPRETED = """
 import torch
 from block_checks import check_base_rows, check_block
-from veneer.kernels import served, served_attention
+from veneer.kernels import served, served_attention, served_block
 
 def bounds(*ends):  # the interpreter's own numbers are arrays of one element, which NumPy 2.4 makes no index of
     return range(*(end.handle.data.item() if hasattr(end, "handle") else int(end) for end in ends))
 
-served_attention.range = bounds
+served.range = served_attention.range = served_block.range = bounds
 assert served._runs(torch.empty(1))
 for size in (1, 16, 32):
     check_block(1e-5, torch.float32, "cpu", size, rows=9)

@@ -88,7 +88,7 @@ def _factor(A, place, i, start, I, W: tl.constexpr, BW: tl.constexpr):
 @_jit
 def _shrunk(v, a, A, parts, place, row, n, i, rows, I, W: tl.constexpr, M: tl.constexpr, BW: tl.constexpr):
     """Part n of h: v (M, BI), zero beyond I, times A of the inputs i, whose first columns are at hand as `a`."""
-    for start in tl.static_range(0, W, BW):
+    for start in range(0, W, BW):
         if start:
             a = _factor(A, place, i, start, I, W, BW)
         h = _times(v.to(a.dtype), a, tl.zeros((M, BW), tl.float32), M)
@@ -234,12 +234,19 @@ def expand(
             )  # fmt: skip
 
 
-def next_parts(A: Tensor | None, x: Tensor, parts: int) -> tuple[Tensor, Tensor | None, int, int]:
-    """(A, room for so many parts of h, W, columns of it at a time) for the products that read x next; 0 for none."""
+def next_parts(
+    A: Tensor | None, x: Tensor, parts: int, columns: int, tile: int
+) -> tuple[Tensor, Tensor | None, int, int]:
+    """(A, room for so many parts of h, W, columns of it at a time) for the products that read x next; 0 for none.
+
+    A program multiplies so many `columns` of x, of `tile` rows, by as much of A as registers hold; of float32 by less, for
+    all terms of its products are spelled out, which takes a compiler long.
+    """
     if A is None:
         return x, None, 0, 0
-    W = A.shape[2]  # n · R, of which R is a power of two
-    return A, torch.empty(parts, x.shape[0], W, dtype=torch.float32, device=x.device), W, min(64, max(16, W & -W))
+    W, small = A.shape[2], tile == 1 or x.dtype == torch.float32
+    room = torch.empty(parts, x.shape[0], W, dtype=torch.float32, device=x.device)
+    return A, room, W, 16 if small else max(16, min(64, 8192 // columns, _power(W)))
 
 
 def twin_parts(x: Tensor, A: Tensor | None, table: Table) -> Tensor | None:

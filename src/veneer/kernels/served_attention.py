@@ -122,10 +122,10 @@ def gather(attended: Attended, table: Table, A: Tensor | None, like: Tensor) -> 
         return gather_twin(attended, table, A, like)
     (rows, K, splits, G, E), (count, M) = part.shape, table.tiles.shape
     y = torch.empty(rows, K * G * E, dtype=like.dtype, device=like.device)
-    wide, parts, W, BW = next_parts(A, y, K * G)
+    wide, parts, W, BW = next_parts(A, y, K * G, max(16, _power(E)), M - 1)
     _gather[(K * G, count)](
         part, mass, positions, table.tiles, wide, y, y if parts is None else parts, window, rows, K, G, E, W, split, splits,
-        M - 1, BW, max(16, _power(E)), num_warps=1 if M == 2 else 4,
+        M - 1, BW, max(16, _power(E)), num_warps=1 if M == 2 else 4, num_stages=1,
     )  # fmt: skip
     return y, parts
 

@@ -25,15 +25,17 @@ from veneer.kernels.served_block_twins import Update
 
 CHUNK = tl.constexpr(16)
 """Parts of h that are read at a time."""
+RANKS = tl.constexpr(16)
+"""Of a factor's rank, at a time: the least of a product on tensor cores."""
 ADDED, GATED = 128, 256
 """Columns that a program of `add` and of `gated` takes."""
 
 
 @_jit
-def _summed(hidden, row, rows, W, N: tl.constexpr, M: tl.constexpr, BR: tl.constexpr):
-    """Σ_n of BR columns of h (N, rows, W) for the rows (M), some parts at a time."""
-    r = tl.arange(0, BR)
-    total = tl.zeros((M, BR), tl.float32)
+def _summed(hidden, row, rows, W, N: tl.constexpr, M: tl.constexpr):
+    """Σ_n of RANKS columns of h (N, rows, W) for the rows (M), some parts at a time."""
+    r = tl.arange(0, RANKS)
+    total = tl.zeros((M, RANKS), tl.float32)
     for start in tl.static_range(0, N, CHUNK):
         n = start + tl.arange(0, CHUNK)
         if M == 1:
@@ -47,29 +49,29 @@ def _summed(hidden, row, rows, W, N: tl.constexpr, M: tl.constexpr, BR: tl.const
 
 
 @_jit
-def _updated(y, hidden, B, weights, place, row, o, seen, rows, O, W, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+def _updated(y, hidden, B, weights, place, row, o, seen, rows, O, W, R: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
     """y (M, BO) float32 plus the update of its columns o, where they are `seen`."""
     weight = tl.load(weights + row, mask=row >= 0, other=0.0)
     total = tl.zeros((M, BO), tl.float32)
-    for start in tl.static_range(0, R, BR):
-        r = (start + tl.arange(0, BR))[:, None]
+    for start in range(0, R, RANKS):
+        r = (start + tl.arange(0, RANKS))[:, None]
         b = tl.load(B + (place * R + r) * O + o[None, :], mask=seen[None, :], other=0.0)
-        h = _summed(hidden + start, row, rows, W, N, M, BR)
+        h = _summed(hidden + start, row, rows, W, N, M)
         total = _times(h.to(b.dtype), b, total, M)
     return y + weight[:, None] * total
 
 
 @_jit
-def _both_updated(y, z, hidden, other, B, C, weights, place, row, o, p, seen, rows, O, W, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+def _both_updated(y, z, hidden, other, B, C, weights, place, row, o, p, seen, rows, O, W, R: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
     """y and z, each as `_updated`, of columns o of B and p of C: all is read before the first product."""
     weight = tl.load(weights + row, mask=row >= 0, other=0.0)
     total, sum = tl.zeros((M, BO), tl.float32), tl.zeros((M, BO), tl.float32)
-    for start in tl.static_range(0, R, BR):
-        r = (start + tl.arange(0, BR))[:, None]
+    for start in range(0, R, RANKS):
+        r = (start + tl.arange(0, RANKS))[:, None]
         b = tl.load(B + (place * R + r) * O + o[None, :], mask=seen[None, :], other=0.0)
         c = tl.load(C + (place * R + r) * O + p[None, :], mask=seen[None, :], other=0.0)
-        h = _summed(hidden + start, row, rows, W, N, M, BR)
-        g = _summed(other + start, row, rows, W, N, M, BR)
+        h = _summed(hidden + start, row, rows, W, N, M)
+        g = _summed(other + start, row, rows, W, N, M)
         total, sum = _times(h.to(b.dtype), b, total, M), _times(g.to(b.dtype), c, sum, M)
     return y + weight[:, None] * total, z + weight[:, None] * sum
 
@@ -97,7 +99,7 @@ def _norm(x, y, out, weight, parts, hidden, eps, rows, D, W: tl.constexpr, ADD: 
 
 
 @_jit
-def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, V: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, R: tl.constexpr, V: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BV: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
     place, row = _tile(tiles, M)
     if tl.max(row, 0) >= 0:
         there, o = row >= 0, tl.program_id(0) * BO + tl.arange(0, BO)
@@ -110,7 +112,7 @@ def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, V: tl.con
             u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
             if N:
                 if place >= 0:
-                    u = _updated(u, hidden, B, weights, place, row, o, o < D, rows, D, W, N, R, M, BR, BO)
+                    u = _updated(u, hidden, B, weights, place, row, o, o < D, rows, D, W, R, N, M, BO)
             v = (v.to(tl.float32) + u).to(v.dtype)
             tl.store(x + at, v, mask=inside)
         if BV:
@@ -120,7 +122,7 @@ def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, V: tl.con
 
 
 @_jit
-def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tiles, hidden, weights, slots, positions, keys, values, eps, rows, W, C, H, K, E, NORM: tl.constexpr, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
+def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tiles, hidden, weights, slots, positions, keys, values, eps, rows, W, C, H, K, E, R: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
     place, row = _tile(tiles, M)
     if tl.max(row, 0) >= 0:
         head, there = tl.program_id(0), row >= 0
@@ -149,7 +151,7 @@ def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tile
             if place >= 0:
                 h = hidden + offset
                 a, b = _both_updated(
-                    a, b, h, h, B, B, weights, place, row, low, high, e < half, rows, O, W, N, R, M, BR, BE
+                    a, b, h, h, B, B, weights, place, row, low, high, e < half, rows, O, W, R, N, M, BE
                 )
         kept = out.dtype.element_ty
         if NORM:
@@ -163,7 +165,7 @@ def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tile
 
 
 @_jit
-def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, parts, rows, I, W, V: tl.constexpr, N: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
+def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, parts, rows, I, W, R: tl.constexpr, V: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BV: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
     place, row = _tile(tiles, M)
     if tl.max(row, 0) >= 0:
         there, o = row >= 0, tl.program_id(0) * BO + tl.arange(0, BO)
@@ -175,9 +177,7 @@ def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, pa
         if N:
             if place >= 0:
                 h = hidden + R
-                g, u = _both_updated(
-                    g, u, hidden, h, B0, B1, weights, place, row, o, o, o < I, rows, I, W, N, R, M, BR, BO
-                )
+                g, u = _both_updated(g, u, hidden, h, B0, B1, weights, place, row, o, o, o < I, rows, I, W, R, N, M, BO)
         v = (g / (1.0 + tl.exp(-g)) * u).to(gate.dtype.element_ty)
         tl.store(out + row[:, None] * I + o[None, :], v, mask=inside)
         if BV:
@@ -187,15 +187,15 @@ def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, pa
 
 def _warps(tile: int, columns: int) -> int:
     """A single row's product with a factor stays in one warp, which sums it without the others."""
-    return 1 if tile == 1 else tile // 8 * max(1, columns // 256)
+    return 1 if tile == 1 else max(1, tile * columns // 1024)
 
 
-def _hidden(update: Update | None, x: Tensor, targets: int) -> tuple[Tensor, list[Tensor], int, int, int, int]:
-    """(h, each target's B, W, N, R, BR) of an update; of none, stand-ins and N = 0."""
+def _hidden(update: Update | None, x: Tensor, targets: int) -> tuple[Tensor, list[Tensor], int, int, int]:
+    """(h, each target's B, W, N, R) of an update; of none, stand-ins and N = 0."""
     if update is None:
-        return x, [x] * targets, 0, 0, 16, 16
+        return x, [x] * targets, 0, 0, 16
     rank = update.B[0].shape[1]
-    return update.hidden, list(update.B), update.hidden.shape[2], update.hidden.shape[0], rank, min(64, rank)
+    return update.hidden, list(update.B), update.hidden.shape[2], update.hidden.shape[0], rank
 
 
 def norm(
@@ -223,11 +223,11 @@ def add(
         return twins.add(x, y, update, table, weight, A)
     (rows, D), (tiles, weights), M = x.shape, table, table.tiles.shape[1] - 1
     blocks = -(-D // ADDED)
-    hidden, B, W, N, R, BR = _hidden(update, x, 1)
-    wide, parts, V, BV = next_parts(A, x, blocks)
+    hidden, B, W, N, R = _hidden(update, x, 1)
+    wide, parts, V, BV = next_parts(A, x, blocks, ADDED, M)
     _add[(blocks, tiles.shape[0])](
         x, x if y is None else y, tiles, hidden, B[0], weights, weight, wide, x if parts is None else parts, rows, D, W,
-        V, y is not None, N, R, M, BR, BV, ADDED, num_warps=_warps(M, ADDED),
+        R, V, y is not None, N, M, BV, ADDED, num_warps=_warps(M, ADDED), num_stages=1,
     )  # fmt: skip
     return parts
 
@@ -246,12 +246,12 @@ def rotate(
     if not _runs(q):
         return twins.rotate(qkv, update, table, norms, eps, turn, slots, positions, keys, values)
     (tiles, weights), M, (_, K, C, E) = table, table.tiles.shape[1] - 1, keys.shape
-    hidden, B, W, N, R, BR = _hidden(update, q, 3)
+    hidden, B, W, N, R = _hidden(update, q, 3)
     H, out = q.shape[1] // E, q.new_empty(q.shape)
     _rotate[(H + 2 * K, tiles.shape[0])](
         q, k, v, *(t.stride(0) for t in qkv), out, *B, *(norms or (q, q)), *turn, tiles, hidden, weights, slots, positions,
-        keys, values, eps, q.shape[0], W, C, H, K, E, norms is not None, N, R, M, BR, max(16, _power(E // 2)),
-        num_warps=_warps(M, E),
+        keys, values, eps, q.shape[0], W, C, H, K, E, R, norms is not None, N, M, max(16, _power(E // 2)),
+        num_warps=_warps(M, E), num_stages=1,
     )  # fmt: skip
     return out
 
@@ -265,11 +265,11 @@ def gated(
         return twins.gated(gate, up, update, table, A)
     (rows, I), (tiles, weights), M = gate.shape, table, table.tiles.shape[1] - 1
     out, blocks = gate.new_empty(gate.shape), -(-I // GATED)
-    hidden, B, W, N, R, BR = _hidden(update, gate, 2)
-    wide, parts, V, BV = next_parts(A, gate, blocks)
+    hidden, B, W, N, R = _hidden(update, gate, 2)
+    wide, parts, V, BV = next_parts(A, gate, blocks, GATED, M)
     _gate[(blocks, tiles.shape[0])](
         gate, up, out, gate.stride(0), up.stride(0), tiles, hidden, *B, weights, wide, gate if parts is None else parts,
-        rows, I, W, V, N, R, M, BR, BV, GATED,
-        num_warps=_warps(M, GATED) if N or V else 4,
+        rows, I, W, R, V, N, M, BV, GATED,
+        num_warps=_warps(M, GATED) if N or V else 4, num_stages=1,
     )  # fmt: skip
     return out, parts
