@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from veneer.kernels import served, served_block
+from veneer.kernels import served, served_attention, served_block
 from veneer.kernels.served_block_check import Trial, table_of
 
 
@@ -19,17 +19,30 @@ def check_block(tolerance, *args, **options):
 def check_base_rows(*args, **options):
     """Rows without an adapter are to the last bit what they are in a pass without any, whatever the tiles."""
     case = Trial(*args, **options)
+    base, plain = torch.tensor(case.places) < 0, table_of([-1] * case.rows, served.ROWS, case.device)
     x, y, weight = (case.random(*shape) for shape in ((case.rows, case.D), (case.rows, case.D), (case.D,)))
     gate, up = case.random(case.rows, case.I), case.random(case.rows, case.I)
-    base, plain = torch.tensor(case.places) < 0, table_of([-1] * case.rows, served.ROWS, case.device)
-    update, wide = case.update(3, case.D), case.update(1, case.I, case.I)
-    A, down = case.factors(case.D, 5)[0], case.factors(case.I, 5)[0]
-    mine = x.clone()
-    parts = served_block.add(mine, y, update, case.table, weight, A)
-    normed = served_block.norm(mine, None, weight, 1e-5, parts)[0]
-    own = served_block.gated(gate, up, wide, case.table, down)[0]
-    wanted = x.clone()
-    wanted_normed = served_block.norm(wanted, y, weight, 1e-5)[0]
-    alone = served_block.gated(gate, up, None, plain, None)[0]
-    for got, other in ((mine, wanted), (normed, wanted_normed), (own, alone)):
-        assert torch.equal(got[base], other[base]) and not torch.equal(got[~base], other[~base])
+    widths = case.K * case.G * case.E, case.K * case.E, case.K * case.E
+    qkv, turn = [case.random(case.rows, width) for width in widths], [case.random(case.rows, case.E) for _ in range(2)]
+    slots, positions = case.where()
+    stores = [case.random(case.rows, case.K, case.C, case.E) for _ in range(2)]
+    qs = case.random(case.rows, case.K, case.G, case.E)
+    attended = served_attention.attend_parts(qs, *stores, slots, positions, 0.3)
+
+    def run(table, updates, A):
+        mine, (keys, values) = x.clone(), (torch.zeros_like(store) for store in stores)
+        if updates[0] is None:
+            normed = served_block.norm(mine, y, weight, 1e-5)[0]
+        else:
+            parts = served_block.add(mine, y, updates[0], table, weight, A[0])
+            normed = served_block.norm(mine, None, weight, 1e-5, parts)[0]
+        q = served_block.rotate(qkv, updates[1], table, None, 0.0, turn, slots, positions, keys, values)
+        heads = served_attention.gather(attended, table, A[1], qs)[0]
+        own = [store[slots, :, positions] for store in (keys, values)]
+        return [mine, normed, q, *own, served_block.gated(gate, up, updates[2], table, A[2])[0], heads]
+
+    updates = case.update(3, case.D), case.update(1, *widths), case.update(1, case.I, case.I)
+    factors = [case.factors(width, 8)[0] for width in (case.D, widths[0], case.I)]
+    found, wanted = run(case.table, updates, factors), run(plain, [None] * 3, [None] * 3)
+    assert all(torch.equal(got[base], other[base]) for got, other in zip(found, wanted))
+    assert not any(torch.equal(got[~base], other[~base]) for got, other in zip(found[:-1], wanted))

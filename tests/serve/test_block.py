@@ -12,6 +12,7 @@ from serve.served import Alone, GraphEngine, ask, engine_of, read, write
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conftest import tiny_llama
+from veneer.errors import BaseModelError
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -66,6 +67,26 @@ def test_rows_without_an_adapter_are_bit_equal_to_the_base(tokenizer, tmp_path):
     mixed = engine.runner.tokens(rows).clone()
     plain = engine.runner.tokens([(slot, at, token, ()) for slot, at, token, _ in rows]).clone()
     assert engine.runner.fused and torch.equal(mixed[[0, 2]], plain[[0, 2]]) and not torch.equal(mixed[1], plain[1])
+    engine.shutdown(5)
+
+
+def test_linears_of_one_input_are_one_product_and_get_their_weights_back(tokenizer, tmp_path):
+    """Where they are plain: on the CPU, in another dtype than the float32 that is packed."""
+    model = tiny("qwen2").bfloat16()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    engine, _ = engine_of(tokenizer, tmp_path, model, GraphEngine)
+    attention = engine.runner.model.base_model.layers[1].layer.self_attn
+    assert len({part.weight.untyped_storage().data_ptr() for part in (attention.q_proj, attention.k_proj)}) == 1
+    assert read(ask(engine, "in one product", 6))[1] == 6
+    engine.shutdown(5)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.untyped_storage().nbytes() == parameter.nbytes, name
+
+
+def test_a_served_model_that_is_called_without_a_batch_says_so(tokenizer, tmp_path):
+    engine, _ = engine_of(tokenizer, tmp_path, kind=GraphEngine)
+    with pytest.raises(BaseModelError, match="attention"):
+        engine.runner.model(torch.tensor([[1, 2]]))
     engine.shutdown(5)
 
 

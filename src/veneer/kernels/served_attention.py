@@ -81,8 +81,8 @@ def _gather(part, mass, positions, tiles, A, y, parts, window, rows, K, G, E, W:
             new = tl.maximum(best, share)
             base = tl.where(new > float("-inf"), new, 0.0)
             keep, share = tl.exp(best - base), tl.exp(share - base)
-            out = out * keep[:, None] + share[:, None] * own
-            total, best = total * keep + share, new
+            out = tl.fma(out, keep[:, None], share[:, None] * own)  # spelled out, so that all variants round alike
+            total, best = tl.fma(total, keep, share), new
         v = (out / tl.where(there, total, 1.0)[:, None]).to(y.dtype.element_ty)
         tl.store(y + row[:, None] * width + i[None, :], v, mask=there[:, None] & (e[None, :] < E))
         if BW:

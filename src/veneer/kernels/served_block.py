@@ -153,15 +153,15 @@ def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tile
                 a, b = _both_updated(
                     a, b, h, h, B, B, weights, place, row, low, high, e < half, rows, O, W, R, N, M, BE
                 )
-        kept = out.dtype.element_ty
+        kept = out.dtype.element_ty  # below, products and sums are spelled out: rounded alike with and without adapters
         if NORM:
             if turned:
                 r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / E + eps)[:, None]
                 low_n = tl.load(norm + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
                 high_n = tl.load(norm + half + e, mask=e < half, other=0.0).to(tl.float32)[None, :]
                 a, b = (a * r).to(kept).to(tl.float32) * low_n, (b * r).to(kept).to(tl.float32) * high_n
-        tl.store(to + at[:, None] + e[None, :], (a * c - b * s).to(kept), mask=inside)
-        tl.store(to + at[:, None] + half + e[None, :], (b * high_c + a * high_s).to(kept), mask=inside)
+        tl.store(to + at[:, None] + e[None, :], tl.fma(a, c, -(b * s)).to(kept), mask=inside)
+        tl.store(to + at[:, None] + half + e[None, :], tl.fma(b, high_c, a * high_s).to(kept), mask=inside)
 
 
 @_jit

@@ -98,7 +98,7 @@ class Trial:
         widths = self.K * self.G * self.E, self.K * self.E, self.K * self.E
         qkv, update = self.random(self.rows, sum(widths)).split(widths, 1), self.update(1, *widths)
         turn, norms = [self.random(self.rows, self.E) for _ in range(2)], [self.random(self.E) for _ in range(2)]
-        where = self._where()
+        where = self.where()
 
         def rotate(module: ModuleType, update: Update | None, normed: bool) -> list[Tensor]:
             keys, values = (torch.zeros(self.rows, self.K, self.C, self.E).to(qkv[0]) for _ in range(2))
@@ -112,7 +112,7 @@ class Trial:
     def _attentions(self):
         q, A = self.random(self.rows, self.K, self.G, self.E), self.factors(self.K * self.G * self.E, 8)[0]
         keys, values = (self.random(self.rows, self.K, self.C, self.E) for _ in range(2))
-        where = self._where()
+        where = self.where()
 
         def attend(module: ModuleType, window: int | None, A: Tensor | None) -> list[Tensor]:
             y, hidden = module.gather(module.attend_parts(q, keys, values, *where, 0.3, window), self.table, A, q)
@@ -132,7 +132,7 @@ class Trial:
         for given in ((update, A), (None, None), *([(update, None), (None, A)] * self.full)):
             yield "gate", lambda module, given=given: gated(module, *given)
 
-    def _where(self) -> tuple[Tensor, Tensor]:
+    def where(self) -> tuple[Tensor, Tensor]:
         """Slots and positions."""
         slots = torch.randperm(self.rows, generator=self.draw)
         return slots.to(self.device), torch.randint(0, self.C, (self.rows,), generator=self.draw).to(self.device)

@@ -114,7 +114,7 @@ class ServedBlock(nn.Module):
         self.head_eps = 0.0 if norms[0] is None else norms[0].variance_epsilon
 
     def forward(self, x: Tensor, *, position_embeddings=None, veneer_batch=None, **options) -> Tensor:
-        if not veneer_batch.fused:
+        if veneer_batch is None or not veneer_batch.fused:
             return self.layer(x, position_embeddings=position_embeddings, veneer_batch=veneer_batch, **options)
         rows, turn = x.view(-1, x.shape[-1]), tuple(t.reshape(-1, t.shape[-1]) for t in position_embeddings)
         self._attention(rows, turn, veneer_batch)
