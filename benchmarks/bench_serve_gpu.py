@@ -1,6 +1,7 @@
 """Serving many adapters at once on a GPU: throughput, latency, first tokens of warm and cold adapters.
 
     python benchmarks/bench_serve_gpu.py --device cuda --out benchmarks/results/serve_gpu.json
+    python benchmarks/bench_serve_gpu.py --device cuda --profile --counts 0,1,8,64    # a decoding step, kernel by kernel
     python benchmarks/bench_serve_gpu.py --layers 2 --width 256 --vocabulary 512 --slots 8 --counts 1,4,12 --prompt 16 \
         --new 8 --context 64                                                     # small, on the CPU
 
@@ -39,6 +40,8 @@ LINEARS = (
     "mlp.up_proj",
 )
 LINEARS += ("mlp.down_proj",)
+WARM = 3
+"""Steps before those that are timed."""
 
 
 def build(o: argparse.Namespace) -> torch.nn.Module:
@@ -160,7 +163,7 @@ class Bench:
         places = {p.content: n for n, p in enumerate(runner.pool.places) if p.content}
         names = [self.registry._names[f"a{n}"] for n in self.dealt(adapters)]
         rows = [(n, at, 1, ((places[names[n]], 1.0),) if adapters else ()) for n in range(self.o.slots)]
-        for _ in range(3):
+        for _ in range(WARM):
             runner.tokens(rows)
         wait(self.o)
         began = time.perf_counter()
@@ -205,6 +208,28 @@ def throughput(bench: Bench, count: int) -> dict[str, Any]:
         "base_step_ms": round(plain, 3),
         "step_share_of_base": round(plain / step, 3),
         "bound": round(bench.bound(count), 3),
+    }
+
+
+def profile(bench: Bench, count: int) -> dict[str, Any]:
+    """A decoding step by itself, and what its time goes to: kernels (milliseconds, launches) of one step."""
+    bench.place(count)
+    step, steps = bench.steps(count), 5
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        bench.steps(count, steps)
+    found: dict[str, list[float]] = {}
+    for event in record.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernel = found.setdefault(event.name[:60], [0.0, 0])
+            kernel[0] += event.device_time / 1000 / (steps + WARM)
+            kernel[1] += 1 / (steps + WARM)
+    largest = sorted(found.items(), key=lambda item: -item[1][0])
+    return {
+        "adapters": count,
+        "step_ms": round(step, 3),
+        "kernels_ms": round(sum(ms for ms, _ in found.values()), 3),
+        "launches": round(sum(launches for _, launches in found.values())),
+        "largest": {name: [round(ms, 4), round(launches, 1)] for name, (ms, launches) in largest[:14]},
     }
 
 
@@ -265,9 +290,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--counts", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64, 512])
+    parser.add_argument("--profile", action="store_true", help="decoding steps alone, and their kernels")
     parser.add_argument("--limit-seconds", type=float, default=80)
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
+    if o.profile and not o.device.startswith("cuda"):
+        parser.error("--profile is of a GPU's kernels: give --device cuda")
     began = time.perf_counter()
     name = torch.cuda.get_device_name(0) if o.device.startswith("cuda") else "cpu"
     record: dict[str, Any] = {
@@ -288,8 +316,10 @@ def main() -> None:
         note({"case": "ready", "adapter_mib": round(bench.registry.info("a0").bytes / 2**20, 1)})
         bench.first_token(None)
         note({"case": "prepared"})  # kernels compiled, graphs captured
-        jobs = [(f"{count} adapters", lambda count=count: throughput(bench, count)) for count in o.counts]
-        jobs.insert(0, ("cold", lambda: cold(bench)))  # while places are empty
+        measure = profile if o.profile else throughput
+        jobs = [(f"{count} adapters", lambda count=count: measure(bench, count)) for count in o.counts]
+        if not o.profile:
+            jobs.insert(0, ("cold", lambda: cold(bench)))  # while places are empty
         for case, job in jobs:
             if time.perf_counter() - began > o.limit_seconds:
                 note({"case": case, "error": "no time left"})
@@ -298,7 +328,8 @@ def main() -> None:
                 note({"case": case} | job())
             except Exception as error:  # the other cases are wanted all the same
                 note({"case": case, "error": f"{type(error).__name__}: {error}"[:500]})
-        note({"case": "summary"} | summary(record["cases"]))
+        if not o.profile:
+            note({"case": "summary"} | summary(record["cases"]))
         if o.device.startswith("cuda"):
             note({"case": "memory", "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
                   "graphs": sorted(kind.__name__ for kind in getattr(bench.engine.runner, "captures", ()))})  # fmt: skip
