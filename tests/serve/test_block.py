@@ -70,6 +70,22 @@ def test_rows_without_an_adapter_are_bit_equal_to_the_base(tokenizer, tmp_path):
     engine.shutdown(5)
 
 
+@pytest.mark.parametrize("uses", [(), ((0, 0.7), (1, -0.3))])
+def test_a_pass_that_fails_leaves_nothing_for_the_next(uses, tokenizer, tmp_path, monkeypatch):
+    """Not even for one that takes the model's own blocks."""
+    write(tmp_path / "a", 1), write(tmp_path / "b", 2)
+    engine, _ = engine_of(tokenizer, tmp_path, kind=GraphEngine, adapters="ab")
+    read(ask(engine, "both", 2, (("a", 1.0), ("b", 1.0))))
+    last, run = engine.runner.model.base_model.layers[-1], engine.runner.prompts
+    wanted = run([(0, 0, [5, 6, 7], uses)], [True]).clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "_mlp", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run([(1, 0, [8, 9], ())], [True])
+    assert last.flow.y is not None and torch.equal(run([(0, 0, [5, 6, 7], uses)], [True]), wanted)
+    engine.shutdown(5)
+
+
 def test_linears_of_one_input_are_one_product_and_get_their_weights_back(tokenizer, tmp_path):
     """Where they are plain: on the CPU, in another dtype than the float32 that is packed."""
     model = tiny("qwen2").bfloat16()

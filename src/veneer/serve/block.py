@@ -114,6 +114,8 @@ class ServedBlock(nn.Module):
         self.head_eps = 0.0 if norms[0] is None else norms[0].variance_epsilon
 
     def forward(self, x: Tensor, *, position_embeddings=None, veneer_batch=None, **options) -> Tensor:
+        if self.index == 0:  # whatever a pass that failed has left
+            self.flow.y = self.flow.update = None
         if veneer_batch is None or not veneer_batch.fused:
             return self.layer(x, position_embeddings=position_embeddings, veneer_batch=veneer_batch, **options)
         rows, turn = x.view(-1, x.shape[-1]), tuple(t.reshape(-1, t.shape[-1]) for t in position_embeddings)
@@ -164,7 +166,9 @@ def known(model: nn.Module) -> bool:
     layers = list(getattr(inner, "layers", ()))
     fits = getattr(config, "hidden_act", None) == "silu" and config.hidden_size <= WIDEST
     fits = fits and hasattr(inner, "norm") and bool(layers)
-    return fits and all(type(layer).__name__ in KNOWN and layer.self_attn.head_dim % 2 == 0 for layer in layers)
+    kinds = {type(layer) for layer in layers}
+    fits = fits and all(k.__name__ in KNOWN and k.__module__.startswith("transformers.models.") for k in kinds)
+    return fits and all(layer.self_attn.head_dim % 2 == 0 for layer in layers)
 
 
 def served_blocks(model: nn.Module, pool: Pool, table: Callable[[], Table]) -> dict[str, nn.Module]:
