@@ -46,3 +46,14 @@ def check_base_rows(*args, **options):
     found, wanted = run(case.table, updates, factors), run(plain, [None] * 3, [None] * 3)
     assert all(torch.equal(got[base], other[base]) for got, other in zip(found, wanted))
     assert not any(torch.equal(got[~base], other[~base]) for got, other in zip(found[:-1], wanted))
+
+
+def check_range(device, size):
+    """h of a row in float16 whose largest number, times its norm's weight, is beyond float16."""
+    case = Trial(torch.float16, device, size, rows=5, D=200)
+    x, weight, A = case.random(5, 200), case.random(200), case.factors(200, 8)[0]
+    x[:, 7], weight[7] = 5000.0, -30.0
+    normed, hidden = served_block.norm(x, None, weight, 1e-5, served_block.add(x, None, None, case.table, weight, A))
+    places = torch.tensor(case.places, device=device)
+    wanted = torch.einsum("bi,biw->bw", normed.float(), A[places.clamp(min=0)].float())[places >= 0]
+    torch.testing.assert_close(hidden.sum(0)[places >= 0], wanted, rtol=0, atol=4e-3 * float(wanted.abs().max()))

@@ -86,15 +86,15 @@ def _factor(A, place, i, start, I, W: tl.constexpr, BW: tl.constexpr):
 
 
 @_jit
-def _shrunk(v, a, A, parts, place, row, n, i, rows, I, W: tl.constexpr, M: tl.constexpr, BW: tl.constexpr):
-    """Part n of h: v (M, BI), zero beyond I, times A of the inputs i, whose first columns are at hand as `a`."""
+def _shrunk(v, a, A, parts, place, row, n, i, rows, I, unit, W: tl.constexpr, M: tl.constexpr, BW: tl.constexpr):
+    """Part n of h: unit · v (M, BI), zero beyond I, times A of the inputs i, whose first columns are at hand as `a`."""
     for start in range(0, W, BW):
         if start:
             a = _factor(A, place, i, start, I, W, BW)
         h = _times(v.to(a.dtype), a, tl.zeros((M, BW), tl.float32), M)
         w = start + tl.arange(0, BW)
         at = parts + (n * rows + row[:, None]) * W + w[None, :]
-        tl.store(at, h, mask=(row[:, None] >= 0) & (w[None, :] < W))
+        tl.store(at, unit * h, mask=(row[:, None] >= 0) & (w[None, :] < W))
 
 
 @_jit

@@ -87,7 +87,7 @@ def _gather(part, mass, positions, tiles, A, y, parts, window, rows, K, G, E, W:
         tl.store(y + row[:, None] * width + i[None, :], v, mask=there[:, None] & (e[None, :] < E))
         if BW:
             if place >= 0:
-                _shrunk(v, a, A, parts, place, row, head, i, rows, width, W, M, BW)
+                _shrunk(v, a, A, parts, place, row, head, i, rows, width, 1.0, W, M, BW)
 
 
 def attend_parts(

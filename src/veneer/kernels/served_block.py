@@ -117,8 +117,12 @@ def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, R: tl.con
             tl.store(x + at, v, mask=inside)
         if BV:
             if place >= 0:
+                unit = 1.0
+                if v.dtype == tl.float16:  # whose range ends before that of x · weight, which is not normed yet
+                    unit = tl.maximum(tl.max(tl.abs(s), 0), 1.0)
+                    s = s / unit
                 scaled = (v.to(tl.float32) * s[None, :]).to(v.dtype)
-                _shrunk(scaled, a, A, parts, place, row, tl.program_id(0), o, rows, D, V, M, BV)
+                _shrunk(scaled, a, A, parts, place, row, tl.program_id(0), o, rows, D, unit, V, M, BV)
 
 
 @_jit
@@ -182,12 +186,12 @@ def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, pa
         tl.store(out + row[:, None] * I + o[None, :], v, mask=inside)
         if BV:
             if place >= 0:
-                _shrunk(v, a, A, parts, place, row, tl.program_id(0), o, rows, I, V, M, BV)
+                _shrunk(v, a, A, parts, place, row, tl.program_id(0), o, rows, I, 1.0, V, M, BV)
 
 
 def _warps(tile: int, columns: int) -> int:
-    """A single row's product with a factor stays in one warp, which sums it without the others."""
-    return 1 if tile == 1 else max(1, tile * columns // 1024)
+    """A power of two. A single row's product with a factor stays in one warp, which sums it without the others."""
+    return 1 if tile == 1 else max(1, tile * _power(columns) // 1024)
 
 
 def _hidden(update: Update | None, x: Tensor, targets: int) -> tuple[Tensor, list[Tensor], int, int, int]:

@@ -52,7 +52,8 @@ def add(
     """See `served_block.add`."""
     if y is not None:
         x.copy_(x.float() + _updated(y, update, table))
-    return twin_parts((x.float() * weight.float()).to(x.dtype), A, table)
+    scaled = x.float() * weight.float()
+    return twin_parts(scaled if x.dtype == torch.float16 else scaled.to(x.dtype), A, table)
 
 
 def rotate(
