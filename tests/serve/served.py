@@ -12,6 +12,7 @@ from veneer.serve import Engine, Registry, Request, Sampling
 from veneer.serve.graphs import GraphRunner
 
 TARGETS = {"qv": ["q_proj", "v_proj"], "all": "all-linear", "mlp": ["up_proj", "down_proj", "o_proj"]}
+TARGETS |= {"k": ["k_proj"], "down": ["down_proj"], "head": ["lm_head"]}
 
 
 class GraphEngine(Engine):

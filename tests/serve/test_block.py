@@ -8,11 +8,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from serve.block_checks import check_range
 from serve.served import Alone, GraphEngine, ask, engine_of, read, write
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conftest import tiny_llama
 from veneer.errors import BaseModelError
+from veneer.kernels import served_block
+from veneer.serve.block import Products
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -46,6 +49,36 @@ def test_a_known_block_answers_as_each_adapter_alone(kind, tokenizer, tmp_path):
         assert read(ticket) == alone(stack, "which of them answers this", 14)
     engine.shutdown(5)
     assert type(engine.runner.model.base_model.layers[0]).__name__ != "ServedBlock"
+
+
+@pytest.mark.parametrize(
+    "kind, options, targets",
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_size": 44, "intermediate_size": 77}, "k"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, "down"),
+        ("qwen3", {"num_key_value_heads": 4, "head_dim": 6, "tie_word_embeddings": True}, "head"),
+    ],
+)
+def test_odd_models_and_adapters_for_few_linears(kind, options, targets, tokenizer, tmp_path):
+    write(tmp_path / "a", 1, targets=targets, model=tiny(kind, **options))
+    alone = Alone(tokenizer, {"a": tmp_path / "a"}, tiny(kind, **options))
+    engine, _ = engine_of(tokenizer, tmp_path, tiny(kind, **options), GraphEngine, "a", slots=4)
+    stacks = [(), (("a", 1.0),), (("a", 0.0),), (("a", -0.7),)]
+    asked = [(stack, ask(engine, "which of them answers this", 14, stack)) for stack in stacks]
+    assert engine.runner.fused
+    for stack, ticket in asked:
+        assert read(ticket) == alone(stack, "which of them answers this", 14)
+    engine.shutdown(5)
+
+
+def test_llama_has_no_window_whatever_its_config_says(tokenizer, tmp_path):
+    model = tiny("llama", sliding_window=9)
+    ids = torch.arange(30, 60)
+    wanted = model(ids[None], use_cache=False).logits[0, -1]
+    engine, _ = engine_of(tokenizer, tmp_path, model, GraphEngine)
+    got = engine.runner.prompts([(0, 0, ids.tolist(), ())], [True])[0]
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    engine.shutdown(5)
 
 
 @pytest.mark.parametrize("kind, options", [("gemma", {}), ("llama", {"hidden_act": "gelu"}), ("olmo2", {})])
@@ -99,6 +132,51 @@ def test_linears_of_one_input_are_one_product_and_get_their_weights_back(tokeniz
         assert torch.equal(parameter, before[name]) and parameter.untyped_storage().nbytes() == parameter.nbytes, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linears_of_torchao_are_served_as_they_are(dtype, tokenizer, tmp_path):
+    """They are of torch's own class, with weights of another."""
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny("llama").to(dtype)
+    torchao.quantize_(model.model.layers, torchao.Int8WeightOnlyConfig())
+    kinds = {name: type(parameter) for name, parameter in model.named_parameters()}
+    engine, _ = engine_of(tokenizer, tmp_path, model, GraphEngine)
+    assert engine.runner.fused and read(ask(engine, "eight bits", 6))[1] == 6
+    engine.shutdown(5)
+    assert {name: type(parameter) for name, parameter in model.named_parameters()} == kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_start_that_fails_half_way_leaves_the_model_as_it_was(dtype, tokenizer, tmp_path, monkeypatch):
+    model = tiny("llama").to(dtype)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    kinds, joined = {name: type(module) for name, module in model.named_modules()}, []
+
+    def join(products):
+        joined.append(Products.join.own(products))
+        if len(joined) == 6:
+            raise torch.OutOfMemoryError
+
+    join.own = Products.join
+    monkeypatch.setattr(Products, "join", join)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine_of(tokenizer, tmp_path, model, GraphEngine)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.untyped_storage().nbytes() == parameter.nbytes, name
+    assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+def test_programs_have_a_power_of_two_of_warps():
+    """Whatever the width of a head: triton takes no other number."""
+    numbers = {served_block._warps(tile, width) for tile in (1, 16, 32) for width in range(2, 514, 2)}
+    assert all(n & (n - 1) == 0 for n in numbers) and 1 in numbers
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_float16_has_room_for_what_is_not_normed_yet(size):
+    check_range("cpu", size)
+
+
 def test_a_served_model_that_is_called_without_a_batch_says_so(tokenizer, tmp_path):
     engine, _ = engine_of(tokenizer, tmp_path, kind=GraphEngine)
     with pytest.raises(BaseModelError, match="attention"):
@@ -108,7 +186,7 @@ def test_a_served_model_that_is_called_without_a_batch_says_so(tokenizer, tmp_pa
 
 INTERPRETED = """
 import torch
-from block_checks import check_base_rows, check_block
+from block_checks import check_base_rows, check_block, check_range
 from veneer.kernels import served, served_attention, served_block
 
 def bounds(*ends):  # the interpreter's own numbers are arrays of one element, which NumPy 2.4 makes no index of
@@ -122,6 +200,7 @@ check_block(1e-5, torch.float32, "cpu", 16, rows=5, D=300, I=530, rank=64, heads
 check_block(4e-3, torch.float16, "cpu", 16, rows=18)
 for size in (1, 16):
     check_base_rows(torch.float32, "cpu", size, rows=9)
+    check_range("cpu", size)
 """
 
 

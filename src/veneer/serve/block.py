@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from veneer.kernels import served_block
 from veneer.kernels.served import Table
 from veneer.kernels.served_block_twins import Update
+from veneer.serve.packed import is_plain
 from veneer.serve.pool import Group, Pool, Stack
 
 KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -34,19 +35,23 @@ WIDEST = 16384
 class Products:
     """Linears of the base that read one input, and the adapters' factors for them, if the pool has any.
 
-    Plain ones are one product: their weights become parts of one matrix, which costs no memory that stays.
+    Plain ones are one product once they are joined.
     """
 
     def __init__(self, layers: Sequence[nn.Module], group: Group, pool: Pool) -> None:
         self.layers, self.group, self.pool = layers, group, pool
         self.weight = self.bias = None
-        if len(layers) > 1 and all(type(layer) is nn.Linear for layer in layers):
-            biases = [layer.bias for layer in layers]
-            if len({bias is None for bias in biases}) == len({layer.weight.dtype for layer in layers}) == 1:
-                self.weight = torch.cat([layer.weight.detach() for layer in layers])
-                self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-                for layer, part in zip(layers, self.weight.split(self.widths)):
-                    layer.weight.data = part
+
+    def join(self) -> None:
+        """Make the weights of plain linears parts of one matrix, which costs no memory that stays."""
+        biases = [layer.bias for layer in self.layers if is_plain(layer)]
+        if not len(biases) == len(self.layers) > 1:
+            return
+        if len({bias is None for bias in biases}) == len({layer.weight.dtype for layer in self.layers}) == 1:
+            self.weight = torch.cat([layer.weight.detach() for layer in self.layers])
+            self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+            for layer, part in zip(self.layers, self.weight.split(self.widths)):
+                layer.weight.data = part
 
     @property
     def widths(self) -> list[int]:
@@ -96,19 +101,14 @@ def update_of(hidden: Tensor | None, stack: Stack | None) -> Update | None:
 
 
 class ServedBlock(nn.Module):
-    """A decoder block that takes passes in which a row has one adapter or none; the model's own takes the others.
-
-    `unpack` undoes what it did to the base.
-    """
+    """A decoder block that takes passes in which a row has one adapter or none; the model's own takes the others."""
 
     def __init__(self, layer: nn.Module, products: Sequence[Products], flow: Flow) -> None:
         super().__init__()
         self.layer = layer
         self.__dict__["products"], self.__dict__["flow"] = products, flow
         attention = layer.self_attn
-        own = getattr(attention.config, "sliding_window", None)
-        self.index, self.scale = attention.layer_idx, attention.scaling
-        self.window = getattr(attention, "sliding_window", own)
+        self.index, self.scale, self.window = attention.layer_idx, attention.scaling, window_of(layer)
         norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.head_norms = None if norms[0] is None else [norm.weight for norm in norms]
         self.head_eps = 0.0 if norms[0] is None else norms[0].variance_epsilon
@@ -122,6 +122,11 @@ class ServedBlock(nn.Module):
         self._attention(rows, turn, veneer_batch)
         self._mlp(rows, veneer_batch)
         return x
+
+    def join(self) -> None:
+        """Make one product of those that read one input; `unpack` undoes it."""
+        for products in self.products:
+            products.join()
 
     def unpack(self) -> nn.Module:
         """The model's own block, as it was."""
@@ -144,6 +149,12 @@ class ServedBlock(nn.Module):
         stack = down.stack(batch.room > 0)
         inner, parts = served_block.gated(*gated(normed), update, table, stack and stack.A)
         (self.flow.y,), self.flow.update = down(inner), update_of(parts, stack)
+
+
+def window_of(layer: nn.Module) -> int | None:
+    """How many keys a row sees, None for all: of the config only Mistral's attention asks it."""
+    asked = layer.self_attn.config if type(layer).__name__ == "MistralDecoderLayer" else layer.self_attn
+    return getattr(asked, "sliding_window", None)
 
 
 class ServedNorm(nn.Module):

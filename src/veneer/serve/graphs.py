@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.served import ROWS, Table
-from veneer.serve.block import served_blocks
+from veneer.serve.block import ServedBlock, served_blocks
 from veneer.serve.registry import Registry
 from veneer.serve.routing import Uses
 from veneer.serve.runner import Piece, Runner
@@ -66,6 +66,8 @@ class GraphRunner(Runner):
         super()._install()  # after the blocks have taken the base's own linears
         for name, block in blocks.items():
             self._replace(name, block)
+            if isinstance(block, ServedBlock):
+                block.join()
         self.fused = bool(blocks)
 
     def prepare(self) -> None:

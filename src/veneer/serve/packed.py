@@ -75,6 +75,11 @@ class PackedLinear(nn.Module):
         return self.plain
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a linear over a matrix of numbers. Under the same class torchao keeps tensors of kinds of its own."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+
+
 def packable(model: nn.Module) -> dict[str, bool]:
     """Names of the linears whose packing pays, and whether another module reads the same weight.
 
@@ -87,8 +92,8 @@ def packable(model: nn.Module) -> dict[str, bool]:
         readers[id(parameter)] = readers.get(id(parameter), 0) + 1
     found = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if type(module) is not nn.Linear or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        weight = module.weight if is_plain(module) else None
+        if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32:
             continue
         shared = readers[id(weight)] > 1
         if not shared or SPARE * weight.nbytes < psutil.virtual_memory().available:

@@ -57,9 +57,13 @@ class Runner:
         self.pool = Pool(registry, groups, places, self.device, dtype, self.power_ranks)
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self._own_attention = config._attn_implementation
-        self._pack()
-        self._install()
-        self._check(expected)
+        try:
+            self._pack()
+            self._install()
+            self._check(expected)
+        except BaseException:
+            self.close()
+            raise
 
     def _slots(self, slots: int) -> int:
         return slots
@@ -162,12 +166,10 @@ class Runner:
             got = [self.prompts([(0, middle, ids[middle:-1], ())], [True]).clone()]
             got.append(self.tokens([(0, len(ids) - 1, ids[-1], ())]))
         except Exception as error:  # a model's, a kernel's or a compiler's
-            self.close()
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ServeError(f"{type(self.model).__name__} cannot be served: {reason}") from error
         error = float((torch.cat(got) - expected[-2:]).norm() / expected[-2:].norm())
         most = NOISE if self.cache.store.dtype == torch.float32 else NOISE_IN_HALF
         if not error <= most:
-            self.close()
             how = f"off by {error:.2g} of their norm, where rounding explains {most:g}"
             raise ServeError(f"{type(self.model).__name__} gives other logits through the engine's cache ({how})")
