@@ -1,4 +1,4 @@
-"""Whole passes of `GraphRunner` with its kernels in triton's interpreter, beside their twins: run it with TRITON_INTERPRET=1."""
+"""Whole passes of `GraphRunner` with its kernels in triton's interpreter (TRITON_INTERPRET=1), beside their twins."""
 
 import os
 import sys
