@@ -166,6 +166,18 @@ def test_a_start_that_fails_half_way_leaves_the_model_as_it_was(dtype, tokenizer
     assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
+def test_a_served_block_has_what_a_model_asks_its_blocks_for(tokenizer, tmp_path):
+    model = tiny("qwen2")
+    model.base_model.layers[
+        0
+    ].attention_type = "full_attention"  # as all have in transformers 5.0, whose model reads it
+    engine, _ = engine_of(tokenizer, tmp_path, model, GraphEngine)
+    block = model.base_model.layers[0]
+    assert type(block).__name__ == "ServedBlock" and block.attention_type == "full_attention"
+    assert not hasattr(block, "nothing_of_the_kind")
+    engine.shutdown(5)
+
+
 def test_programs_have_a_power_of_two_of_warps():
     """Whatever the width of a head: triton takes no other number."""
     numbers = {served_block._warps(tile, width) for tile in (1, 16, 32) for width in range(2, 514, 2)}

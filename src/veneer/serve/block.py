@@ -113,6 +113,15 @@ class ServedBlock(nn.Module):
         self.head_norms = None if norms[0] is None else [norm.weight for norm in norms]
         self.head_eps = 0.0 if norms[0] is None else norms[0].variance_epsilon
 
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks its blocks for, such as Qwen's `attention_type` in transformers 5.0."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":
+                raise
+            return getattr(self.layer, name)
+
     def forward(self, x: Tensor, *, position_embeddings=None, veneer_batch=None, **options) -> Tensor:
         if self.index == 0:  # whatever a pass that failed has left
             self.flow.y = self.flow.update = None
