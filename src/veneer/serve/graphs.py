@@ -68,6 +68,8 @@ class GraphRunner(Runner):
             self._replace(name, block)
             if isinstance(block, ServedBlock):
                 block.join()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()  # of its old weights, which are too small to be used for the next one's
         self.fused = bool(blocks)
 
     def prepare(self) -> None:
@@ -170,7 +172,8 @@ class GraphRunner(Runner):
         """Leaves the logits in one place for all passes: a place for each graph would be gigabytes."""
         self.routing.body, self.routing.head = (batch.body, batch.head) if batch.room else (None, None)
         self._table = batch.table
-        batch.locate()
+        if not batch.fused:  # whole blocks find the places themselves
+            batch.locate()
         logits = self._forward(batch.ids, batch, batch.keep)
         if self._logits is None:
             self._logits = logits.new_empty(self.slots, logits.shape[1])
