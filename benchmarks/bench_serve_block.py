@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from bench_serve_kernels import milliseconds
 from torch import Tensor
 
 from veneer.kernels import served_attention, served_block
 from veneer.kernels.served_block_check import table_of
 from veneer.kernels.served_block_twins import Update
 
-RANK, BLOCKS = 16, 4
+RANK, BLOCKS, LAUNCHES = 16, 4, 24
 CASES = ((0, 16), (1, 16), (8, 16), (16, 16), (64, 16), (1, 1), (16, 1), (64, 1))
 
 
@@ -74,25 +74,14 @@ class Shape:
         yield "gated", lambda n: served_block.gated(gate, up, activated(n), table, A("down", n))
 
 
-def microseconds(run: Callable[[int], object], device: str, count: int = 24) -> float:
-    """Of one launch, in a captured run of `count` where there is a GPU."""
-    for n in range(BLOCKS):
-        run(n)  # compiles
-    replay = lambda: [run(n % BLOCKS) for n in range(count)]  # noqa: E731
-    if device != "cpu":
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            replay()
-        replay = graph.replay
-        replay()
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(8):
-        replay()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - began) / 8 / count
+def microseconds(run: Callable[[int], object], device: str) -> float:
+    """Of one launch, in a captured run of several where there is a GPU."""
+
+    def launches() -> None:
+        for n in range(LAUNCHES):
+            run(n % BLOCKS)
+
+    return 1000 * milliseconds(launches, device) / LAUNCHES
 
 
 def main() -> None:

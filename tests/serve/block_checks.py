@@ -8,6 +8,11 @@ from veneer.kernels import served, served_attention, served_block
 from veneer.kernels.served_block_check import Trial, table_of
 
 
+def bounds(*ends):
+    """`range` for kernels in the interpreter, whose own numbers are arrays of one element: no index for NumPy 2.4."""
+    return range(*(end.handle.data.item() if hasattr(end, "handle") else int(end) for end in ends))
+
+
 def check_block(tolerance, *args, **options):
     """Every kernel gives what its twin gives."""
     for name, found, wanted in Trial(*args, **options, full=True).pairs():

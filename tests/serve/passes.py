@@ -7,17 +7,13 @@ from pathlib import Path
 from time import sleep
 
 import torch
+from serve.block_checks import bounds
 from serve.served import write
 from serve.test_block import tiny
 
 from veneer.kernels import served, served_attention, served_block, served_prompts
 from veneer.serve import Registry
 from veneer.serve.graphs import GraphRunner
-
-
-def bounds(*ends):
-    """The interpreter's own numbers are arrays of one element, which NumPy 2.4 makes no index of."""
-    return range(*(end.handle.data.item() if hasattr(end, "handle") else int(end) for end in ends))
 
 
 def filled(make):

@@ -233,6 +233,7 @@ def test_a_program_of_attention_has_whole_parts_of_a_tile(width, element):
 
 INTERPRETED = """
 import torch
+from block_checks import bounds
 from test_grouped import check_neighbours, check_pieces, check_prompt_update, check_update, served_inputs
 from veneer.kernels import served, served_attention, served_prompts
 from veneer.kernels.served_check import Shapes, deviation
@@ -242,9 +243,6 @@ for sizes in ({}, {"rank": 64, "d_outs": (70,), "uses": 1}, {"rank": 32, "d_outs
     check_update(1e-5, *served_inputs(torch.float32, **sizes))
 check_update(2e-3, *served_inputs(torch.float16))
 check_neighbours(*served_inputs(torch.float32, uses=2))
-def bounds(*ends):  # the interpreter's own numbers are arrays of one element, which NumPy 2.4 makes no index of
-    return range(*(end.handle.data.item() if hasattr(end, "handle") else int(end) for end in ends))
-
 served_prompts.range = served_attention.range = bounds
 for window in (None, 9):
     check_pieces(1e-5, window=window)

@@ -71,10 +71,20 @@ def _times(v, a, total, M: tl.constexpr):
 
 
 @_jit
-def _tile(tiles, M: tl.constexpr):
-    """The place and the rows of the program's tile."""
-    at = tiles + tl.program_id(1) * (M + 1)
+def _tile(tiles, n, M: tl.constexpr):
+    """The place and the rows of tile n."""
+    at = tiles + n * (M + 1)
     return tl.load(at).to(tl.int64), tl.load(at + 1 + tl.arange(0, M)).to(tl.int64)
+
+
+@_jit
+def _weighed(score, best, mass):
+    """A step of a softmax over more scores (M, N), -inf where unseen, than are at hand: their weights, how much is kept
+    of what there was, and the largest and the mass (M) of all so far."""
+    new = tl.maximum(best, tl.max(score, 1))
+    base = tl.where(new > float("-inf"), new, 0.0)  # nothing seen yet: no -inf less -inf
+    p, keep = tl.exp(score - base[:, None]), tl.exp(best - base)
+    return p, keep, new, mass * keep + tl.sum(p, 1)
 
 
 @_jit
@@ -100,8 +110,7 @@ def _shrunk(v, a, A, parts, place, row, n, i, rows, I, unit, W: tl.constexpr, M:
 @_jit
 def _shrink(x, A, tiles, hidden, count, entries, rows, I, W, SHARE: tl.constexpr, M: tl.constexpr, BI: tl.constexpr, BW: tl.constexpr):  # fmt: skip # noqa: E501
     split, tile = tl.program_id(0), tl.program_id(1)  # tile counts uses and their tiles; the first start first
-    place = tl.load(tiles + tile * (M + 1)).to(tl.int64)
-    row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)  # on its way while place is looked at
+    place, row = _tile(tiles, tile, M)  # both on their way while place is looked at
     if place >= 0:
         there, w = row >= 0, tl.program_id(2) * BW + tl.arange(0, BW)
         total = tl.zeros((M, BW), tl.float32)
@@ -136,8 +145,7 @@ def _expand_block(hidden, B, weights, y, place, row, use, entries, rows, uses, b
 @_jit
 def _expand(hidden, B0, B1, B2, tiles, weights, y0, y1, y2, use, count, entries, rows, uses, O0, O1, O2, W, offset, SPLITS: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
     block, tile = tl.program_id(0), use * count + tl.program_id(1)  # block counts the blocks of all targets
-    place = tl.load(tiles + tile * (M + 1)).to(tl.int64)
-    row = tl.load(tiles + tile * (M + 1) + 1 + tl.arange(0, M)).to(tl.int64)
+    place, row = _tile(tiles, tile, M)
     if place >= 0:
         n0, n1 = tl.cdiv(O0, BO), tl.cdiv(O1, BO)
         if block < n0:

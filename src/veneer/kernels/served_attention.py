@@ -9,7 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.kernels.served import Table, _factor, _jit, _power, _runs, _shrunk, _tile, next_parts, tl, twin_parts
+from veneer.kernels.served import (
+    Table,
+    _factor,
+    _jit,
+    _power,
+    _runs,
+    _shrunk,
+    _tile,
+    _weighed,
+    next_parts,
+    tl,
+    twin_parts,
+)
 
 PROGRAMS = 1024
 """Programs that a GPU is busy with: as many parts of a context as make so many, 16 at most."""
@@ -49,13 +61,8 @@ def _attend(q, keys, values, slots, positions, part, mass_log, scale, window, ro
             v = tl.load(values + at, mask=seen, other=0.0)
             score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
             score = tl.where(there[None, :], score, float("-inf"))
-            new = tl.maximum(best, tl.max(score, 1))
-            base = tl.where(new > float("-inf"), new, 0.0)  # nothing seen yet: no -inf less -inf
-            p = tl.exp(score - base[:, None])
-            keep = tl.exp(best - base)
-            mass = mass * keep + tl.sum(p, 1)
+            p, keep, best, mass = _weighed(score, best, mass)
             total = total * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            best = new
         tl.store(part + (out * G + g[:, None]) * E + e[None, :], total / mass[:, None], mask=inside)
         tl.store(mass_log + out * G + g, best + tl.log(mass), mask=g < G)
 
@@ -63,7 +70,7 @@ def _attend(q, keys, values, slots, positions, part, mass_log, scale, window, ro
 @_jit
 def _gather(part, mass, positions, tiles, A, y, parts, window, rows, K, G, E, W: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr, M: tl.constexpr, BW: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
     head, e = tl.program_id(0), tl.arange(0, BE)
-    place, row = _tile(tiles, M)
+    place, row = _tile(tiles, tl.program_id(1), M)
     if tl.max(row, 0) >= 0:
         there, width = row >= 0, K * G * E
         length = tl.load(positions + row, mask=there, other=-1).to(tl.int32) + 1

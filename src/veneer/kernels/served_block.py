@@ -101,7 +101,7 @@ def _norm(x, y, out, weight, parts, hidden, eps, rows, D, W: tl.constexpr, ADD: 
 
 @_jit
 def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, R: tl.constexpr, V: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BV: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
-    place, row = _tile(tiles, M)
+    place, row = _tile(tiles, tl.program_id(1), M)
     if tl.max(row, 0) >= 0:
         there, o = row >= 0, tl.program_id(0) * BO + tl.arange(0, BO)
         at, inside = row[:, None] * D + o[None, :], there[:, None] & (o[None, :] < D)
@@ -128,7 +128,7 @@ def _add(x, y, tiles, hidden, B, weights, scale, A, parts, rows, D, W, R: tl.con
 
 @_jit
 def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tiles, hidden, weights, slots, positions, keys, values, eps, rows, W, C, H, K, E, R: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BE: tl.constexpr):  # fmt: skip # noqa: E501
-    place, row = _tile(tiles, M)
+    place, row = _tile(tiles, tl.program_id(1), M)
     if tl.max(row, 0) >= 0:
         head, there = tl.program_id(0), row >= 0
         y, stride, B, norm, to, O, offset = q, sq, B0, norm_q, out, H * E, 0  # noqa: E741
@@ -171,7 +171,7 @@ def _rotate(q, k, v, sq, sk, sv, out, B0, B1, B2, norm_q, norm_k, cos, sin, tile
 
 @_jit
 def _gate(gate, up, out, gate_row, up_row, tiles, hidden, B0, B1, weights, A, parts, rows, I, W, R: tl.constexpr, V: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BV: tl.constexpr, BO: tl.constexpr):  # fmt: skip # noqa: E501
-    place, row = _tile(tiles, M)
+    place, row = _tile(tiles, tl.program_id(1), M)
     if tl.max(row, 0) >= 0:
         there, o = row >= 0, tl.program_id(0) * BO + tl.arange(0, BO)
         inside = there[:, None] & (o[None, :] < I)

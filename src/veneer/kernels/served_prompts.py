@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels.served import _jit, _power, _runs, tl
+from veneer.kernels.served import _jit, _power, _runs, _weighed, tl
 
 ROWS = 32
 """Rows of a tile of `shrink` and `expand`: prompts bring many for each adapter."""
@@ -42,13 +42,8 @@ def _attend_pieces(q, keys, values, tiles, y, scale, window, C, H, G, D, BM: tl.
             score = tl.dot(query, tl.trans(k), input_precision="tf32x3") * scale  # of float32: ieee would spill
             visible = (n[None, :] <= position[:, None]) & (n[None, :] > position[:, None] - window)
             score = tl.where(visible, score, float("-inf"))
-            new = tl.maximum(best, tl.max(score, 1))
-            base = tl.where(new > float("-inf"), new, 0.0)  # nothing seen yet: no -inf less -inf
-            p = tl.exp(score - base[:, None])
-            keep = tl.exp(best - base)
-            mass = mass * keep + tl.sum(p, 1)
+            p, keep, best, mass = _weighed(score, best, mass)
             total = total * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
-            best = new
         tl.store(y + at, (total / mass[:, None]).to(y.dtype.element_ty), mask=inside)
 
 

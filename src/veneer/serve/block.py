@@ -6,7 +6,7 @@ last is added as the next one begins, where it is normed, so blocks hand on y: `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,19 +78,21 @@ class Products:
 
 @dataclass
 class Flow:
-    """What is still to be added to x: y (B, D) of the last product, and its update."""
+    """What blocks hand on in a pass: its table, and what is still to be added to x, y (B, D) of the last product and its
+    update."""
 
+    table: Table | None = None
     y: Tensor | None = None
     update: Update | None = None
 
-    def into(self, x: Tensor, norm: nn.Module, stack: Stack | None, table: Table) -> tuple[Tensor, Update | None]:
+    def into(self, x: Tensor, norm: nn.Module, stack: Stack | None) -> tuple[Tensor, Update | None]:
         """x (B, D) += y and its update, in place; → norm(x), and the update of the products of `stack` that read it."""
         y, update = self.y, self.update
         self.y = self.update = None
         eps = norm.variance_epsilon
         if update is None and stack is None:
             return served_block.norm(x, y, norm.weight, eps)[0], None
-        parts = served_block.add(x, y, update, table, norm.weight, stack and stack.A)
+        parts = served_block.add(x, y, update, self.table, norm.weight, stack and stack.A)
         normed, hidden = served_block.norm(x, None, norm.weight, eps, parts)
         return normed, update_of(hidden, stack)
 
@@ -127,6 +129,7 @@ class ServedBlock(nn.Module):
             self.flow.y = self.flow.update = None
         if veneer_batch is None or not veneer_batch.fused:
             return self.layer(x, position_embeddings=position_embeddings, veneer_batch=veneer_batch, **options)
+        self.flow.table = veneer_batch.table
         rows, turn = x.view(-1, x.shape[-1]), tuple(t.reshape(-1, t.shape[-1]) for t in position_embeddings)
         self._attention(rows, turn, veneer_batch)
         self._mlp(rows, veneer_batch)
@@ -144,8 +147,8 @@ class ServedBlock(nn.Module):
         return self.layer
 
     def _attention(self, x: Tensor, turn: tuple[Tensor, Tensor], batch: Any) -> None:
-        (qkv, o, *_), table = self.products, batch.table
-        normed, update = self.flow.into(x, self.layer.input_layernorm, qkv.stack(batch.room > 0), table)
+        (qkv, o, *_), table = self.products, self.flow.table
+        normed, update = self.flow.into(x, self.layer.input_layernorm, qkv.stack(batch.room > 0))
         place = batch.slots, batch.positions, *batch.cache.store[self.index]
         q = served_block.rotate(qkv(normed), update, table, self.head_norms, self.head_eps, turn, *place)
         stack = o.stack(batch.room > 0)
@@ -153,8 +156,8 @@ class ServedBlock(nn.Module):
         (self.flow.y,), self.flow.update = o(heads), update_of(parts, stack)
 
     def _mlp(self, x: Tensor, batch: Any) -> None:
-        (*_, gated, down), table = self.products, batch.table
-        normed, update = self.flow.into(x, self.layer.post_attention_layernorm, gated.stack(batch.room > 0), table)
+        (*_, gated, down), table = self.products, self.flow.table
+        normed, update = self.flow.into(x, self.layer.post_attention_layernorm, gated.stack(batch.room > 0))
         stack = down.stack(batch.room > 0)
         inner, parts = served_block.gated(*gated(normed), update, table, stack and stack.A)
         (self.flow.y,), self.flow.update = down(inner), update_of(parts, stack)
@@ -169,15 +172,15 @@ def window_of(layer: nn.Module) -> int | None:
 class ServedNorm(nn.Module):
     """The model's last norm, which adds what the last block left to be added."""
 
-    def __init__(self, norm: nn.Module, flow: Flow, table: Callable[[], Table]) -> None:
+    def __init__(self, norm: nn.Module, flow: Flow) -> None:
         super().__init__()
         self.norm = norm
-        self.__dict__["flow"], self.__dict__["table"] = flow, table
+        self.__dict__["flow"] = flow
 
     def forward(self, x: Tensor) -> Tensor:
         if self.flow.y is None:
             return self.norm(x)
-        return self.flow.into(x.view(-1, x.shape[-1]), self.norm, None, self.table())[0].view_as(x)
+        return self.flow.into(x.view(-1, x.shape[-1]), self.norm, None)[0].view_as(x)
 
 
 def known(model: nn.Module) -> bool:
@@ -191,11 +194,8 @@ def known(model: nn.Module) -> bool:
     return fits and all(layer.self_attn.head_dim % 2 == 0 for layer in layers)
 
 
-def served_blocks(model: nn.Module, pool: Pool, table: Callable[[], Table]) -> dict[str, nn.Module]:
-    """What takes the place of a known model's blocks and last norm, by name; nothing for another model.
-
-    `table` gives the table of the pass at hand.
-    """
+def served_blocks(model: nn.Module, pool: Pool) -> dict[str, nn.Module]:
+    """What takes the place of a known model's blocks and last norm, by name; nothing for another model."""
     groups = {group.targets: group for group in pool.groups}
     names = {module: name for name, module in model.named_modules()}
     layers = list(model.base_model.layers) if known(model) else []
@@ -208,4 +208,4 @@ def served_blocks(model: nn.Module, pool: Pool, table: Callable[[], Table]) -> d
         products = [Products(layers, groups[part], pool) for layers, part in zip(linears, own)]
         found[names[layer]] = ServedBlock(layer, products, flow)
     norm = model.base_model.norm
-    return found | {names[norm]: ServedNorm(norm, flow, table)}
+    return found | {names[norm]: ServedNorm(norm, flow)}

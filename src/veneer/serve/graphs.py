@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.kernels.served import ROWS, Table
+from veneer.kernels.served import ROWS
 from veneer.serve.block import ServedBlock, served_blocks
 from veneer.serve.registry import Registry
 from veneer.serve.routing import Uses
@@ -53,7 +53,6 @@ class GraphRunner(Runner):
         """The kinds of batch whose passes are captured."""
         self._memory = self._last = self._logits = None
         self._streams: tuple[Any, ...] = ()
-        self._table: Table | None = None
         self.fused = False
         super().__init__(model, registry, slots, context)
 
@@ -62,7 +61,7 @@ class GraphRunner(Runner):
 
     def _install(self) -> None:
         """Besides, blocks of known models become `ServedBlock`s."""
-        blocks = served_blocks(self.model, self.pool, lambda: self._table) if self.fuses else {}
+        blocks = served_blocks(self.model, self.pool) if self.fuses else {}
         super()._install()  # after the blocks have taken the base's own linears
         for name, block in blocks.items():
             self._replace(name, block)
@@ -171,7 +170,6 @@ class GraphRunner(Runner):
     def _pass(self, batch: StaticRows | StaticPieces) -> None:
         """Leaves the logits in one place for all passes: a place for each graph would be gigabytes."""
         self.routing.body, self.routing.head = (batch.body, batch.head) if batch.room else (None, None)
-        self._table = batch.table
         if not batch.fused:  # whole blocks find the places themselves
             batch.locate()
         logits = self._forward(batch.ids, batch, batch.keep)

@@ -65,6 +65,18 @@ class Static:
         """Find where keys and values go: part of the pass, for the numbers may have changed on the device."""
         self.where = self.cache.where(self.slots, self.positions)
 
+    def attend(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """query (1, H, T, D) → (1, T, H, D), for the model's own blocks."""
+        q = query[0].transpose(0, 1)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return self.attend_heads(layer, q.flatten(1).contiguous(), scale, window, None)[0].view(1, *q.shape)
+
+    def attend_heads(
+        self, layer: int, q: Tensor, scale: float, window: int | None, A: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """q (T, H·D) → the heads' outputs (T, H·D), and parts of h for the A that reads them."""
+        raise NotImplementedError
+
     def _send(self, numbers: Tensor, weights: Tensor) -> None:
         """Both from host memory, pinned where the batch is on a GPU."""
         for own, new in ((self.numbers, numbers), (self.weights, weights)):
@@ -92,19 +104,10 @@ class StaticRows(Static):
         weights = [_padded(uses, self.room) for *_, uses in rows] + [[0.0] * self.room] * padding
         self._send(torch.tensor(numbers), torch.tensor(weights).flatten())
 
-    def attend(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
-        """query (1, H, B, D) → (1, B, H, D)."""
-        heads = self.cache.store.shape[3]
-        q = query[0].transpose(0, 1).unflatten(1, (heads, -1)).contiguous()
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        keys, values = self.cache.store[layer]
-        out = served_attention.attend(q, keys, values, self.slots, self.positions, scale, window)
-        return out.flatten(1, 2).unsqueeze(0)
-
     def attend_heads(
         self, layer: int, q: Tensor, scale: float, window: int | None, A: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """q (B, H·D) → the heads' outputs (B, H·D), and parts of h for the A that reads them."""
+        """In parts of each slot, gathered by tiles."""
         keys, values = self.cache.store[layer]
         heads = q.view(len(q), keys.shape[1], -1, keys.shape[3])
         parts = served_attention.attend_parts(heads, keys, values, self.slots, self.positions, scale, window)
@@ -154,17 +157,10 @@ class StaticPieces(Static):
         tail = torch.tensor([_padded(uses, self.room) for _, uses in ends] + [[0.0] * self.room] * spare)
         self._send(torch.cat(numbers), torch.cat([pad(body, (0, 0, 0, padding)), tail]).flatten())
 
-    def attend(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
-        """query (1, H, T, D) → (1, T, H, D)."""
-        q = query[0].transpose(0, 1).contiguous()
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        keys, values = self.cache.store[layer]
-        return served_prompts.attend_pieces(q, keys, values, self.tiles, scale, window).unsqueeze(0)
-
     def attend_heads(
         self, layer: int, q: Tensor, scale: float, window: int | None, A: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """q (T, H·D) → the heads' outputs (T, H·D), and parts of h for the A that reads them."""
+        """In tiles of each piece."""
         keys, values = self.cache.store[layer]
         heads = q.view(len(q), -1, keys.shape[3])
         y = served_prompts.attend_pieces(heads, keys, values, self.tiles, scale, window).flatten(1)
