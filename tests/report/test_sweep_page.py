@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 
 import pytest
 from test_page import Page
@@ -49,6 +51,19 @@ def test_the_page_ranks_plots_and_says_why_runs_ended(tmp_path):
     assert "trained by itself: it adapts the output head" in page.text and "⚠ diverged" in page.text
     assert html.count("<svg") == 3  # two losses, one setting; only pissa diverged, so one value of init is left
     assert "train:\n  lr: 0.001" in html and "http" not in html.replace("http://www.w3.org", "")
+
+
+def test_texts_on_an_axis_stay_as_they_are_and_fit(tmp_path):
+    values = ["(q_proj$|v_proj$)", "a folder with a long name/customers of the north.jsonl", "all-linear"]
+    trials = [trial(name, 1e-3) for name in "bcd"]
+    for one, value in zip(trials, values):
+        one["settings"] = {"adapter.target_modules": value}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        html = write_sweep_report(make_sweep(tmp_path / "sweep", trials)).read_text()
+    texts = re.findall("<text[^>]*>([^<]*)</text>", html)
+    assert "(q_proj$|v_proj$)" in texts and "all-linear" in texts
+    assert any(text.startswith("…") and text.endswith("north.jsonl") for text in texts)
 
 
 def test_damaged_and_unfinished_sweeps(tmp_path):

@@ -23,7 +23,7 @@ from veneer.version import __version__
 
 CURVES = 40
 """So many runs at most are drawn; the best ones."""
-TICKS = 8
+TICKS, LABEL = 8, 28
 
 
 def write_sweep_report(out: str | Path) -> Path:
@@ -76,11 +76,18 @@ def score(trial: dict[str, Any]) -> float | None:
 
 
 def ranked(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that reached their end first, each kind by loss."""
-    last = ("finished", "early")
-    scored = [(trial, score(trial)) for trial in trials]
-    order = sorted(scored, key=lambda pair: (pair[0].get("status") not in last, pair[1] is None, pair[1] or 0.0))
-    return [trial for trial, _ in order]
+    """Those that reached their end first, each kind by loss; a training loss is no match for a held-out one."""
+
+    def order(trial: dict[str, Any]) -> tuple[bool, bool, bool, float]:
+        loss = score(trial)
+        return (
+            trial.get("status") not in ("finished", "early"),
+            loss is None,
+            not is_number(trial.get("heldout")),
+            loss or 0.0,
+        )
+
+    return sorted(trials, key=order)
 
 
 def facts(record: dict[str, Any], trials: Sequence[dict[str, Any]]) -> list[str]:
@@ -174,7 +181,14 @@ def scatter(trials: Sequence[dict], key: str, best: dict | None) -> str | None:
                 axes.set_xticks(values, [f"{value:g}" for value in values])
                 axes.minorticks_off()
         else:
-            axes.set_xticks(range(len(labels)), labels)
+            _ticks(axes, labels)
         axes.legend(frameon=False, labelcolor=plots.NEUTRAL, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
     return plots.svg(f"Loss by {key}", key, "loss", draw, size=(6.6, 4.0), whole_steps=False)
+
+
+def _ticks(axes: Axes, labels: Sequence[str]) -> None:
+    """Texts under the horizontal axis as they are (matplotlib would take $…$ for a formula), long ones by their end."""
+    short = [text if len(text) <= LABEL else f"…{text[1 - LABEL :]}" for text in labels]
+    slant = {"rotation": 20, "ha": "right"} if sum(map(len, short)) > 60 else {}
+    axes.set_xticks(range(len(labels)), short, parse_math=False, **slant)
