@@ -337,6 +337,16 @@ def test_nan_stops_the_run_and_keeps_the_batch(model_dir, chat_file, tmp_path):
     assert len(batch["examples"]) == 4 and "kind" in batch["examples"][0]["text"]
 
 
+def test_an_adapter_that_its_last_step_spoilt_is_no_result(model_dir, chat_file, tmp_path):
+    options = {"lr": 1e30, "max_grad_norm": 0, "warmup": 0, "max_steps": 1}
+    wanted = config(model_dir, chat_file, tmp_path / "run", **options)
+    wanted.data.heldout = str(chat_file)
+    with pytest.raises(TrainingDiverged, match="held-out loss became nan at step 1"):
+        veneer.train(wanted)
+    assert read_metrics(tmp_path / "run")[-1]["loss_text"] == "nan"
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "best").exists()
+
+
 @pytest.mark.parametrize("change", [{"lr": 1e-4}, {"batch_size": 3}])
 def test_resume_with_another_configuration_is_refused(change, model_dir, chat_file, tmp_path):
     veneer.train(config(model_dir, chat_file, tmp_path / "run", max_steps=2))

@@ -32,12 +32,14 @@ def command(
         typer.Option(help="grid (all combinations), random, or halving (the worse half stops at each rung)."),
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Draw so many combinations at random.")] = None,
-    at_once: Annotated[int, typer.Option(min=1, help="Adapters that train together; the others wait their turn.")] = 8,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Adapters that train together, 8 by default; the others wait their turn.")
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(min=16, help="Most tokens in one pass of all adapters. Default: train.micro_batch_tokens."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draws, 0 by default.")] = None,
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="The folder to make for the sweep and its runs.")
     ] = None,
@@ -46,36 +48,41 @@ def command(
 ) -> None:
     """Train many adapters together on one base, with different settings, and compare them."""
     if resume:
-        if settings or search or trials:
+        if settings or search or trials or seed is not None or dry_run:
             raise ConfigError(
-                "--resume goes on with the sweep as it was started: leave --set, --search and --trials out"
+                "--resume goes on with the sweep as it was started: leave --set, --search, --trials, --seed and "
+                "--dry-run out"
             )
-        resume_sweep(Path(out) if out else _out_of(config))
+        resume_sweep(Path(out) if out else _out_of(config), at_once=at_once, tokens=tokens)
         return
     if config.is_dir():
         raise ConfigError(f"{config} is a directory: to go on with a sweep add --resume, else name a YAML file")
-    values, found = _trials(config, settings or [], search or "grid", trials, seed, out)
+    values, found = _trials(config, settings or [], search or "grid", trials, seed or 0, out)
     from veneer.training.sweep import Sweep, SweepOptions
 
-    options = SweepOptions(search or "grid", at_once, tokens, seed)
+    options = SweepOptions(search or "grid", at_once or 8, tokens, seed or 0)
     display = SweepDisplay()
     sweep = Sweep(values["out"], values, found, options, observe=display)
     _dry_run(sweep) if dry_run else run(sweep, display)
 
 
 def _dry_run(sweep: Any) -> None:
+    sweep.dry_run()
     for trial in sweep.trials:
         print(trial.name)
     count = len(sweep.trials)
-    err.print(f"{count} adapters, {min(sweep.at_once, count)} at once; their settings are valid, nothing was trained")
+    err.print(f"{count} adapters, {min(sweep.at_once, count)} at once; all is valid, nothing was trained")
 
 
-def resume_sweep(out: Path) -> None:
-    """Go on with a sweep."""
+def resume_sweep(out: Path, listed: tuple | None = None, **options: int | None) -> None:
+    """Go on with a sweep, whose shared configuration and trials are `listed` now (absent: as they were)."""
     from veneer.training.sweep import Sweep
 
     display = SweepDisplay()
-    run(Sweep.load(out, observe=display), display, resume=True)
+    sweep = Sweep.load(out, observe=display, **options)
+    if listed is not None:
+        sweep.adopt(*listed)
+    run(sweep, display, resume=True)
 
 
 def train_list(values: dict[str, Any], *, resume: bool, dry_run: bool) -> None:
@@ -85,8 +92,10 @@ def train_list(values: dict[str, Any], *, resume: bool, dry_run: bool) -> None:
 
     shared, trials = listed(values)
     _check_out(shared)
+    if resume and dry_run:
+        raise ConfigError("--resume goes on with the sweep as it was started: leave --dry-run out")
     if resume:
-        resume_sweep(Path(shared["out"]))
+        resume_sweep(Path(shared["out"]), (shared, trials))
         return
     display = SweepDisplay()
     sweep = Sweep(shared["out"], shared, trials, SweepOptions("list"), observe=display)
@@ -97,7 +106,11 @@ def _out_of(config: Path) -> Path:
     """A sweep's directory: the path itself, or what a configuration names as `out`."""
     from veneer.config import read_yaml
 
-    return config if config.is_dir() or not config.exists() else Path(read_yaml(config).get("out") or config)
+    if config.is_dir() or not config.exists():
+        return config
+    values = read_yaml(config)
+    _check_out(values)
+    return Path(values["out"])
 
 
 def is_sweep(path: Path) -> bool:
@@ -141,7 +154,7 @@ def table(trials: list[Any], best: Any) -> Table:
         grid.add_column(key.rpartition(".")[2], justify="right")
     for name in ("held-out", "loss", "steps", ""):
         grid.add_column(name, justify="right" if name else "left")
-    order = sorted(trials, key=lambda t: (t.status == "stopped", t.score is None, t.score or 0.0))
+    order = sorted(trials, key=lambda t: (t.status not in ("finished", "early"), t.rank))
     for trial in order[:SHOWN]:
         own = [_value(trial.settings.get(key)) for key in keys[:4]]
         numbers = [_loss(trial.heldout), _loss(trial.loss), f"{trial.step}/{trial.total_steps or '–'}"]
@@ -183,6 +196,8 @@ def _trials(config: Path, settings: list[str], search: str, trials: int | None, 
     if trials is not None and search == "grid":
         raise ConfigError("a grid tries every combination: --trials goes with --search random or halving")
     points = grid(space) if trials is None else sample(space, trials, seed)
+    if space and trials is not None and len(points) < trials:
+        err.print(f"there are no more than {len(points)} combinations to draw")
     if "adapters" not in values:
         if not space:
             raise ConfigError(
@@ -231,8 +246,8 @@ class SweepDisplay(Display):
         elif time.monotonic() - self.said > 10:
             self.said = time.monotonic()
             err.print(f"step {done}/{total} of {len(self.steps)} runs  {len(self.running)} at once  {speed} tok/s")
-        if record["step"] >= self.totals[run]:
-            self.running.pop(run, None)
 
-    def _end(self, record: dict[str, Any]) -> None:
+    def _leave(self, record: dict[str, Any]) -> None:
         self.running.pop(record["run"], None)
+        if record["status"] != "paused":  # no more steps will come
+            self.totals[record["run"]] = record["step"]

@@ -153,6 +153,8 @@ def _train_list(config: Path, flags: dict[str, Any], settings: list[str], resume
     if config.is_dir():
         if not (resume and sweep.is_sweep(config)):
             return False
+        if flags or settings or dry_run:
+            raise ConfigError("--resume goes on with the sweep in a directory as it was started: leave other flags out")
         sweep.resume_sweep(config)
         return True
     values = read_yaml(config)

@@ -210,7 +210,7 @@ class Trainer:
             try:
                 state = load_checkpoint(path, self.trained)
             except RunError as error:
-                self._note(f"{error}; trying the one before")
+                self._note(f"warning: {error}; trying the one before")
                 continue
             self._note(f"resuming after step {state.step}")
             return state
@@ -334,6 +334,9 @@ class Trainer:
     def _evaluate(self, setup: Setup, state: Progress) -> None:
         options = self.config.train
         loss = heldout_loss(self.rows, setup.heldout, self.row_tokens, options.eval_examples)
+        if not math.isfinite(loss):
+            self._log({"type": "eval", "step": state.step, "loss": loss, "best": False})
+            raise TrainingDiverged(unsound(loss, state.step))
         best = state.best_loss is None or loss < state.best_loss
         if best:
             state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0
@@ -375,6 +378,14 @@ class Trainer:
 
     def _note(self, text: str) -> None:
         self.observe({"type": "note", "text": text})
+
+
+def unsound(loss: float, step: int) -> str:
+    """What is said of an adapter whose held-out loss is not finite."""
+    return (
+        f"the held-out loss became {loss} at step {step}: the last updates have spoilt the adapter; a lower train.lr or "
+        f"more train.warmup usually helps"
+    )
 
 
 def train(

@@ -27,7 +27,7 @@ from veneer.errors import TrainingDiverged
 from veneer.training.accelerate import Accelerated, draws_random, use_compile
 from veneer.training.evaluate import heldout_loss
 from veneer.training.forward import RowModel
-from veneer.training.loop import Batch, Observer, RunResult, Trainer
+from veneer.training.loop import Batch, Observer, RunResult, Trainer, unsound
 from veneer.training.lower import SharedStart
 from veneer.training.optim import lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup
@@ -130,10 +130,12 @@ class Lane(Trainer):
         elif status == "paused" and self.state.step:
             if self.until and self.done and self.setup.heldout:
                 self.rung_loss = self.rung()
-            path = self.out / "checkpoints" / f"step-{self.state.step:08d}"
-            if not path.exists():
+            if self.rung_loss is not None and not math.isfinite(self.rung_loss):
+                status, reason, self.rung_loss = "diverged", unsound(self.rung_loss, self.state.step), None
+            elif not (self.out / "checkpoints" / f"step-{self.state.step:08d}").exists():
                 save_checkpoint(self.out, self.trained, self.state, self.config.train.keep_checkpoints)
         self.status, self.reason = status, reason
+        self.observe({"type": "leave", "step": self.state.step, "status": status})
         self.metrics.close()
         self.bank.remove(self.name)
         del self.optimizer, self.trained, self.parameters, self.adalora, self.batch
@@ -143,6 +145,8 @@ class Lane(Trainer):
 
 def lone_reason(config: TrainConfig, device: torch.device) -> str | None:
     """Why a configuration cannot share passes with others; None if nothing in it speaks against it."""
+    if config.train.stream != "off":
+        return "its base is streamed"
     if config.train.pack == "off":
         return "train.pack is off"
     if config.adapter.new_tokens:

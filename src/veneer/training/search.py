@@ -131,8 +131,9 @@ def rungs(trials: int) -> list[float]:
     return [2.0 ** (i - count) for i in range(count)]
 
 
-def better_half(scores: dict[str, float | None]) -> list[str]:
-    """The names that go on: the better half, rounded up, by loss; None (diverged) and NaN never do."""
+def better_half(scores: dict[str, float | None], of: int | None = None) -> list[str]:
+    """The names that go on: the better half of `of` trials (all here, if absent), rounded up, by loss; None (diverged)
+    and NaN never do."""
     sound = {name: loss for name, loss in scores.items() if loss is not None and math.isfinite(loss)}
     ranked = sorted(sound, key=lambda name: sound[name])
-    return ranked[: max(1, math.ceil(len(scores) / 2))]
+    return ranked[: max(1, math.ceil((of or len(scores)) / 2))]

@@ -225,13 +225,18 @@ def _leftover(path: Path) -> bool:
     return path.suffix == ".tmp" or path.name in (LOCK, "provenance.json")
 
 
-def check_resumable(out: Path, config: TrainConfig, setup: Setup) -> None:
-    """Refuse to resume with another configuration, other data or another base than the run began with."""
-    old, new = _flat(TrainConfig.load(out / "config.yaml").model_dump()), _flat(config.model_dump())
+def check_unchanged(out: Path, was: TrainConfig, now: TrainConfig) -> None:
+    """Refuse a configuration that would train anything else than the one that `out` was started with."""
+    old, new = _flat(was.model_dump()), _flat(now.model_dump())
     changed = [key for key in new if new[key] != old.get(key) and key not in MAY_CHANGE]
     if changed:
         listed = ", ".join(f"{key} ({old.get(key)!r} → {new[key]!r})" for key in changed)
         raise RunError(f"{out} was started with another configuration: {listed}; resume with the old one or start anew")
+
+
+def check_resumable(out: Path, config: TrainConfig, setup: Setup) -> None:
+    """Refuse to resume with another configuration, other data or another base than the run began with."""
+    check_unchanged(out, TrainConfig.load(out / "config.yaml"), config)
     try:
         record = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -10,7 +10,8 @@ import json
 import math
 import shutil
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -22,10 +23,11 @@ from veneer.adapter.attach import BANK, detach, get_bank, planned
 from veneer.config import TrainConfig, read_yaml
 from veneer.errors import ConfigError, RunError, VeneerError
 from veneer.files import LOCK, claimed, new_directory, write_text
+from veneer.training.adalora import phases
 from veneer.training.loop import Observer
 from veneer.training.many import Lane, Pool, lone_reason
 from veneer.training.search import better_half, rungs
-from veneer.training.setup import Setup, open_base, with_data
+from veneer.training.setup import Setup, check_unchanged, open_base, with_data
 from veneer.training.signals import Interrupt
 from veneer.training.state import checkpoints
 from veneer.training.trials import FILE, OVER, Trial, base_key, finite, last_losses, listed, read_sweep
@@ -65,10 +67,13 @@ class Sweep:
         self._check()
 
     def _config(self, trial: Trial) -> TrainConfig:
-        try:
-            return TrainConfig.from_dict(self.values | {"out": str(self.out / trial.name)}, trial.settings)
-        except ConfigError as error:
-            raise ConfigError(f"{trial.name}: {error}") from None
+        with _named(trial):
+            if "out" in trial.settings:
+                raise ConfigError("out is the same for all: each run has its own folder there")
+            config = TrainConfig.from_dict(self.values | {"out": str(self.out / trial.name)}, trial.settings)
+            if config.train.vram is not None:
+                raise ConfigError("train.vram plans a single run: bound a sweep by --at-once and --tokens instead")
+            return config
 
     def _check(self) -> None:
         if not self.trials:
@@ -83,32 +88,66 @@ class Sweep:
                     )
 
     @classmethod
-    def load(cls, out: str | Path, *, observe: Observer | None = None) -> Sweep:
-        """A sweep that was started, as its directory has it. Raises `RunError`."""
+    def load(
+        cls,
+        out: str | Path,
+        *,
+        at_once: int | None = None,
+        tokens: int | None = None,
+        observe: Observer | None = None,
+    ) -> Sweep:
+        """A sweep that was started, as its directory has it; `at_once` and `tokens`, if given, are from now on. Raises
+        `RunError`."""
         record = read_sweep(out)
         try:
             trials = [Trial(**trial) for trial in record["trials"]]
-            sweep = cls(out, record["config"], trials, SweepOptions(**record["options"]), observe=observe)
+            options = SweepOptions(**record["options"])
+            options = replace(options, at_once=at_once or options.at_once, tokens=tokens or options.tokens)
+            sweep = cls(out, record["config"], trials, options, observe=observe)
             sweep.cuts = record["cuts"]
             return sweep
         except (KeyError, TypeError) as error:
             raise RunError(f"{Path(out) / FILE} is damaged: {error}") from None
 
+    def adopt(self, values: dict[str, Any], trials: list[Trial]) -> None:
+        """Go on with these settings, as a list of adapters has them now. `RunError` where they change what is trained."""
+        now = Sweep(self.out, values, trials, self.options)
+        if now.configs.keys() != self.configs.keys():
+            raise RunError(f"{self.out} was started with other adapters: {', '.join(self.configs)}; start anew")
+        for name, config in now.configs.items():
+            check_unchanged(self.out / name, self.configs[name], config)
+        for trial in self.trials:
+            trial.settings = next(one.settings for one in trials if one.name == trial.name)
+        self.values, self.configs = values, now.configs
+
     def run(self, *, resume: bool = False) -> Sweep:
         """Train all trials, or with `resume` what is left of them. Raises what `Trainer` does, but for divergence."""
-        if (
-            not resume
-            and self.out.exists()
-            and (not self.out.is_dir() or {p.name for p in self.out.iterdir()} - {FILE, LOCK})
-        ):
-            held = (self.out / FILE).exists()
-            what = "already holds a sweep: continue it with --resume, or" if held else "exists and is not empty:"
-            raise RunError(f"{self.out} {what} choose another --out")
+        if not resume:
+            self._check_out()
         with claimed(self.out):
             self.write()
+            if len(self._groups(self.trials)) > 1:
+                self._check_groups()
             self._stages()
             self.write()
         return self
+
+    def dry_run(self) -> None:
+        """Check everything that `run` checks before it trains, and write nothing."""
+        self._check_out()
+        self._check_groups()
+
+    def _check_out(self) -> None:
+        if self.out.exists() and (not self.out.is_dir() or {p.name for p in self.out.iterdir()} - {FILE, LOCK}):
+            held = (self.out / FILE).exists()
+            what = "already holds a sweep: continue it with --resume, or" if held else "exists and is not empty:"
+            raise RunError(f"{self.out} {what} choose another --out")
+
+    def _check_groups(self) -> None:
+        """Find out before anything trains which base cannot be opened, which data cannot be read."""
+        for group in self._groups([trial for trial in self.trials if trial.status not in OVER]):
+            self._open(group, lambda text: None)
+        self._data.clear()
 
     def _stages(self) -> None:
         with Interrupt() as self.interrupt:
@@ -129,7 +168,7 @@ class Sweep:
     def best(self) -> Trial | None:
         """The trial with the lowest loss among those that were not stopped."""
         scored = [t for t in self.trials if t.status in ("finished", "early") and t.score is not None]
-        return min(scored, key=lambda t: t.score, default=None)
+        return min(scored, key=lambda t: t.rank, default=None)
 
     def write(self) -> None:
         """Bring sweep.json up to date."""
@@ -145,34 +184,54 @@ class Sweep:
         }
         write_text(self.out / FILE, json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n")
 
-    def _train(self, trials: list[Trial], share: float) -> None:
-        """Train some trials until this share of their steps, those on one base together."""
+    def _groups(self, trials: Iterable[Trial]) -> list[list[Trial]]:
+        """The trials by the base that they need."""
         groups: dict[str, list[Trial]] = {}
         for trial in trials:
             groups.setdefault(base_key(self.configs[trial.name]), []).append(trial)
+        return list(groups.values())
+
+    def _train(self, trials: list[Trial], share: float) -> None:
+        """Train some trials until this share of their steps, those on one base together."""
+        groups = self._groups(trials)
         if len(groups) > 1:
-            sizes = ", ".join(str(len(group)) for group in groups.values())
+            sizes = ", ".join(str(len(group)) for group in groups)
             self._note(f"{len(groups)} groups differ in base, precision or speed settings and train apart: {sizes}")
-        for group in groups.values():
+        for group in groups:
             if self.interrupt:
                 return
-            model, tokenizer = open_base(self.configs[group[0].name], self._note)
-            self._data.clear()
-            self._check_targets(group, model)
-            for batch in self._apart(group, next(model.parameters()).device):
-                self._pool(batch, model, tokenizer, share)
-            if BANK in model.__dict__:
-                detach(model)
+            self._train_group(group, share)
 
-    def _check_targets(self, trials: Iterable[Trial], model: torch.nn.Module) -> None:
-        """Find out before anything trains what cannot be attached."""
-        for trial in trials:
-            config = self.configs[trial.name].adapter.model_copy(update={"adalora": None})
-            if not config.new_tokens and not isinstance(config.invocation, str):
-                try:
-                    planned(model, config)
-                except VeneerError as error:
-                    raise type(error)(f"{trial.name}: {error}") from None
+    def _train_group(self, group: list[Trial], share: float) -> None:
+        model, tokenizer = self._open(group, self._note)
+        for batch in self._apart(group, next(model.parameters()).device):
+            self._pool(batch, model, tokenizer, share)
+        if BANK in model.__dict__:
+            detach(model)
+
+    def _open(self, group: list[Trial], note: Callable[[str], None]) -> tuple[torch.nn.Module, Any]:
+        """The group's base, with all its data read and each adapter checked: nothing trains if one of them cannot."""
+        self._data.clear()  # it holds the base before
+        model, tokenizer = open_base(self.configs[group[0].name], note)
+        for trial in group:
+            with _named(trial):
+                self._check_trial(self.configs[trial.name], model, tokenizer, note)
+        return model, tokenizer
+
+    def _check_trial(self, config: TrainConfig, model: torch.nn.Module, tokenizer: Any, note: Callable) -> None:
+        adapter = config.adapter.model_copy(update={"adalora": None})
+        if not adapter.new_tokens and not isinstance(adapter.invocation, str):
+            planned(model, adapter)
+        total = self._setup(config, model, tokenizer, note).total_steps(config.train)
+        if config.adapter.adalora is not None:
+            phases(config.adapter.adalora, total)
+
+    def _setup(self, config: TrainConfig, model: torch.nn.Module, tokenizer: Any, note: Callable) -> Setup:
+        """The base with a trial's data, which those that have the same share."""
+        key = json.dumps([config.data.model_dump(), config.data.heldout_fraction and config.seed], default=str)
+        if key not in self._data:
+            self._data[key] = with_data(config, model, tokenizer, note)
+        return self._data[key]
 
     def _apart(self, trials: list[Trial], device: torch.device) -> Iterable[list[Trial]]:
         """Those that train together, and then the others one by one, among them those that turn out to have to."""
@@ -223,16 +282,14 @@ class Sweep:
 
     def _lane(self, trial: Trial, taken: set[str], model: torch.nn.Module, tokenizer: Any) -> Lane:
         config = self.configs[trial.name]
-        key = json.dumps([config.data.model_dump(), config.data.heldout_fraction and config.seed], default=str)
-        if key not in self._data:
-            self._data[key] = with_data(config, model, tokenizer, self._note)
+        setup = replace(self._setup(config, model, tokenizer, self._note))
 
         def observe(record: dict[str, Any]) -> None:
             self.observe(record | {"run": trial.name})
 
         # The first free name, so that blocks which were compiled for an adapter of these ranks serve the next one too.
         name = next(name for name in (f"lane{i}" for i in count()) if name not in taken)
-        return Lane(config, name, replace(self._data[key]), observe, alone=bool(trial.alone))
+        return Lane(config, name, setup, observe, alone=bool(trial.alone))
 
     def _left(self, lane: Lane) -> None:
         """Note how a trial stands now that it has left the pool."""
@@ -250,8 +307,9 @@ class Sweep:
 
     def _cut(self, share: float) -> None:
         """Stop the worse half of the trials that are still in the race."""
-        racing = [t for t in self.trials if t.status != "stopped"]
-        going = set(better_half({t.name: t.score for t in racing}))
+        racing = [t for t in self.trials if t.status not in ("stopped", "diverged")]
+        of = math.ceil(len(self.trials) / 2**self.cuts)  # whoever left by itself before has no second place to lose
+        going = set(better_half({t.name: t.score for t in racing}, of))
         for trial in racing:
             if trial.name not in going and trial.status not in OVER:
                 trial.status = "stopped"
@@ -263,6 +321,16 @@ class Sweep:
 
     def _note(self, text: str) -> None:
         self.observe({"type": "note", "text": text})
+
+
+@contextmanager
+def _named(trial: Trial) -> Iterator[None]:
+    """A user's mistake in a `with` block says whose it is."""
+    try:
+        yield
+    except VeneerError as error:
+        error.args = (f"{trial.name}: {error}",)  # some are made of more than a text
+        raise
 
 
 def started(run: Path) -> bool:
@@ -283,14 +351,14 @@ def keep_adapter(run: Path) -> None:
 def train_many(
     config: dict[str, Any] | str | Path,
     *,
-    at_once: int = 8,
+    at_once: int | None = None,
     tokens: int | None = None,
     resume: bool = False,
     observe: Observer | None = None,
 ) -> Sweep:
     """Train the `adapters` that a configuration (a mapping or a YAML file) lists, together on one base.
 
-    `at_once` train together and `tokens` bounds a pass, as in `Sweep`. Each has its run directory in the configuration's
+    `at_once` (8) train together and `tokens` bounds a pass, as in `Sweep`. Each has its run directory in the configuration's
     `out`; how they ended is in the result's `trials`.
     """
     values = dict(config) if isinstance(config, dict) else read_yaml(config)
@@ -299,6 +367,8 @@ def train_many(
         raise ConfigError("configuration key 'out' is required: the folder of the adapters' runs")
     out = Path(shared["out"])
     if resume:
-        return Sweep.load(out, observe=observe).run(resume=True)
-    options = SweepOptions("list", at_once, tokens)
+        sweep = Sweep.load(out, at_once=at_once, tokens=tokens, observe=observe)
+        sweep.adopt(shared, trials)
+        return sweep.run(resume=True)
+    options = SweepOptions("list", at_once or 8, tokens)
     return Sweep(out, shared, trials, options, observe=observe).run()

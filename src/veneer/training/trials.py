@@ -13,7 +13,7 @@ from veneer.config import TrainConfig
 from veneer.errors import ConfigError, RunError
 from veneer.training.metrics import read_metrics
 
-FILE = "sweep.json"
+FILE, PAGE = "sweep.json", "report.html"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.,=+_-]*")
 OVER = ("finished", "early", "diverged", "stopped")
 """How a trial can stand when nothing is left to do for it; "stopped" is by halving. Else it is "waiting"."""
@@ -45,12 +45,17 @@ class Trial:
             return None
         return self.heldout if self.heldout is not None else self.loss
 
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """Trials in order of this are the best first. A training loss is no match for a held-out one."""
+        return self.score is None, self.heldout is None, self.score or 0.0
+
 
 def base_key(config: TrainConfig) -> str:
     """What adapters must have in common to train on one base in one pass."""
     train = config.train
     parts = [config.model, config.dtype, config.device, config.quant, config.data.chat_template]
-    parts += [train.compile, train.checkpointing, config.adapter.new_tokens]
+    parts += [train.compile, train.checkpointing, config.adapter.new_tokens, train.stream, train.resident_blocks]
     if config.adapter.init == "loftq":  # it takes the base's original weights
         parts.append("loftq")
     return json.dumps(parts)
@@ -92,6 +97,8 @@ def listed(values: dict[str, Any]) -> tuple[dict[str, Any], list[Trial]]:
         name = str(entry.get("name", f"adapter-{number}"))
         if not NAME.fullmatch(name):
             raise ConfigError(f"adapters: name {name!r} becomes a folder: use letters, digits and . , = + _ -")
+        if name in (FILE, PAGE):
+            raise ConfigError(f"adapters: name {name!r} is a file's of the sweep itself: choose another")
         if wrong := [key for key in ("model", "out") if key in entry]:
             raise ConfigError(f"adapters: {name} sets {wrong[0]!r}, which all adapters share: set it above the list")
         names.append(name)
