@@ -5,8 +5,8 @@ what a product of the base gave, adds the adapters' updates to it, does what the
 result by the A's of the products that come next. So adapters cost no launch of their own, only their bytes.
 
 `parts` (N, B, W) are the sums of h = x Aᵀ that the programs of a kernel made of their columns each; an `Update` is what
-is made of them. Every row is in one tile (`served.tile_rows` of one use), whose place is -1 for those without an
-adapter; padding of prompts is in none, and what is made of it is not written. Nothing that counts reads it.
+is made of them. Every row, padding too, is in one tile (`served.tile_rows` of one use), whose place is -1 for those
+without an adapter.
 The definitions in plain torch are in `served_block_twins`.
 
 Legend: B rows, N parts, P places, R rank, W = targets of a group · R, D width of the residual stream, I width of the

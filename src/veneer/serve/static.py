@@ -121,7 +121,7 @@ class StaticPieces(Static):
     def __init__(self, cache: SlotCache, rows: int, room: int, most: int, device: torch.device) -> None:
         ends = min(rows, most)
         attention = served_prompts.most_tiles(rows, most, served_prompts.QUERIES), 4
-        body = max(1, room), served_prompts.most_tiles(rows, most, served_prompts.ROWS), 1 + served_prompts.ROWS
+        body = max(1, room), served_prompts.most_tiles(rows, most + 1, served_prompts.ROWS), 1 + served_prompts.ROWS
         head = room, ends, 1 + served.ROWS
         sizes = [ends, *(math.prod(shape) for shape in (attention, body, head))]
         super().__init__(cache, rows, sizes, (rows + ends) * room, device)
@@ -144,6 +144,9 @@ class StaticPieces(Static):
             (stop - count, stop, [place for place, _ in uses])
             for stop, count, (*_, uses) in zip(stops.tolist(), counts.tolist(), pieces)
         ]
+        runs.append(
+            (int(stops[-1]), len(ids), [])
+        )  # padding's: a base with one scale for all rows sees what is in them
         head = served.tile_rows([[place for place, _ in uses] for _, uses in ends] + [[]] * spare, self.room)
         numbers = [
             torch.tensor(ids),
