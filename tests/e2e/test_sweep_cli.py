@@ -227,6 +227,15 @@ def test_a_streamed_base_trains_its_adapters_one_by_one(cli, yaml_file, tmp_path
     assert_as_alone(cli, tmp_path / "sweep" / trials[1]["name"], tmp_path)
 
 
+def test_what_a_kill_left_of_sweep_json_is_cleared_away(cli, yaml_file, tmp_path):
+    left = tmp_path / "sweep" / ".sweep.json.0123.tmp"
+    left.parent.mkdir()
+    for extra in (["sweep", yaml_file(max_steps=1), "--set", "seed=1,2"], ["sweep", left.parent, "--resume"]):
+        left.write_text("{")
+        done = cli(*extra)
+        assert done.code == 0 and not left.exists(), done.err
+
+
 def test_progress_counts_those_that_train(yaml_file):
     values = yaml.safe_load(yaml_file(max_grad_norm=0, warmup=0, schedule="constant", epochs=4).read_text())
     settings, display, most = [{"train.lr": lr} for lr in (1e-4, 1e30, 1e-2, 1e29, 1e-3)], SweepDisplay(), []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -45,6 +47,18 @@ def test_wide_ranges_are_drawn_by_their_logarithm():
     below = sum(p["lr"] < 1e-3 for p in points) / 400
     assert 0.4 < below < 0.6
     assert 0.4 < sum(p["x"] < 0.3 for p in points) / 400 < 0.6
+
+
+def test_ranges_of_a_factor_of_ten_are_drawn_by_their_logarithm_whatever_the_division_rounds_to():
+    values = [Range(3e-5, 3e-4, False).draw(random.Random(i)) for i in range(400)]
+    assert 0.4 < sum(value < 9.5e-5 for value in values) / 400 < 0.6
+
+
+def test_draws_stay_in_narrow_ranges_and_whole_numbers_are_as_likely_as_each_other():
+    narrow = Range(0.123456, 0.123457, False)
+    assert all(narrow.low <= narrow.draw(random.Random(i)) <= narrow.high for i in range(20))
+    counts = Counter(Range(1, 4, True).draw(random.Random(i)) for i in range(2000))
+    assert counts.keys() == {1, 2, 3, 4} and min(counts.values()) > 400
 
 
 def test_draws_from_lists_have_no_repeats():

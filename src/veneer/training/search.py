@@ -28,13 +28,14 @@ class Range:
 
     def draw(self, rng: random.Random) -> float | int:
         """One number."""
-        log = self.low > 0 and self.high / self.low >= 10
-        if log:
+        if self.low > 0 and self.high / self.low > 10 - 1e-9:  # 3e-4 / 3e-5 is 9.999999999999998
             value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+        elif self.whole:
+            return rng.randint(int(self.low), int(self.high))
         else:
             value = rng.uniform(self.low, self.high)
-        value = min(max(value, self.low), self.high)
-        return round(value) if self.whole else float(f"{value:.4g}")
+        value = round(value) if self.whole else float(f"{value:.4g}")
+        return min(max(value, type(value)(self.low)), type(value)(self.high))
 
 
 def parse_space(settings: list[str]) -> tuple[dict[str, Any], Space]:

@@ -29,7 +29,7 @@ from veneer.training.many import Lane, Pool, lone_reason
 from veneer.training.search import better_half, rungs
 from veneer.training.setup import Setup, check_unchanged, open_base, with_data
 from veneer.training.signals import Interrupt
-from veneer.training.state import checkpoints
+from veneer.training.state import checkpoints, tidy
 from veneer.training.trials import FILE, OVER, Trial, base_key, finite, last_losses, listed, read_sweep
 from veneer.version import __version__
 
@@ -125,6 +125,7 @@ class Sweep:
         if not resume:
             self._check_out()
         with claimed(self.out):
+            tidy(self.out)
             self.write()
             if len(self._groups(self.trials)) > 1:
                 self._check_groups()
@@ -138,7 +139,12 @@ class Sweep:
         self._check_groups()
 
     def _check_out(self) -> None:
-        if self.out.exists() and (not self.out.is_dir() or {p.name for p in self.out.iterdir()} - {FILE, LOCK}):
+        fresh = (
+            not self.out.exists()
+            or self.out.is_dir()
+            and all(p.name in (FILE, LOCK) or p.suffix == ".tmp" for p in self.out.iterdir())
+        )
+        if not fresh:
             held = (self.out / FILE).exists()
             what = "already holds a sweep: continue it with --resume, or" if held else "exists and is not empty:"
             raise RunError(f"{self.out} {what} choose another --out")
