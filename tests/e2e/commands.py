@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
 from veneer.cli.main import main
+from veneer.training.metrics import read_metrics
 
 
 @dataclass
@@ -68,3 +72,43 @@ def trained(tmp_path_factory, model_dir, conversations):
             )
     assert ended.value.code == 0
     return folder / "run"
+
+
+@pytest.fixture
+def yaml_file(tmp_path, model_dir):
+    """`yaml_file(**train)` writes a configuration of a run of six steps with held-out data."""
+    train, held = write_conversations(tmp_path / "d.jsonl"), write_conversations(tmp_path / "h.jsonl", 6, 50)
+
+    def write(extra: dict | None = None, **options):
+        values = {
+            "model": str(model_dir),
+            "data": {"train": str(train), "heldout": str(held)},
+            "out": str(tmp_path / "sweep"),
+            "device": "cpu",
+            "adapter": {"rank": 4},
+            "train": {"batch_size": 4, "epochs": 2, "lr": 5e-3, "micro_batch_tokens": 512} | options,
+        }
+        path = tmp_path / "veneer.yaml"
+        path.write_text(yaml.safe_dump(values | (extra or {})))
+        return path
+
+    return write
+
+
+def weights(run):
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def assert_as_alone(cli, run, tmp_path, tolerance=2e-3):
+    """The run's adapter is what `veneer train` of its own configuration gives."""
+    done = cli("train", run / "config.yaml", "--out", tmp_path / f"alone-{run.name}")
+    assert done.code == 0, done.err
+    mine, other = weights(run), weights(tmp_path / f"alone-{run.name}")
+    assert mine.keys() == other.keys()
+    for key, value in other.items():
+        torch.testing.assert_close(mine[key], value, rtol=0, atol=tolerance * float(value.abs().max()), msg=key)
+    for kind, key in (("train", "loss"), ("train", "lr"), ("eval", "loss")):
+        mine, other = (
+            [r[key] for r in read_metrics(x) if r["type"] == kind] for x in (run, tmp_path / f"alone-{run.name}")
+        )
+        assert mine == pytest.approx(other, rel=1e-4), kind
