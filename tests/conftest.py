@@ -135,3 +135,11 @@ def own_cache(tmp_path, monkeypatch, request):
     """Each test has its own cache, but for those that use the real default model."""
     if "model" not in request.keywords:
         monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def no_model_cards(monkeypatch):
+    """PEFT writes no README.md beside an adapter, which takes most of the time of saving a small one."""
+    from peft import PeftModel
+
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda model, folder: None)
