@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter.bank import NAME, Bank, Entry
+from veneer.adapter.bank import Bank, Entry, check_name
 from veneer.adapter.init import Start, blank, start
 from veneer.adapter.invocation import watch_invocation
 from veneer.adapter.layers import (
@@ -227,8 +227,7 @@ def _unwrap(bank: Bank) -> None:
 
 def check_free(model: nn.Module, name: str) -> None:
     """Raise `AdapterStateError` unless the model can take a further adapter of this name."""
-    if not (isinstance(name, str) and NAME.fullmatch(name)):
-        raise AdapterStateError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
+    check_name(name)
     bank = model.__dict__.get(BANK)
     if bank is not None and name in bank.entries:
         raise AdapterStateError(f"the model already has an adapter {name!r}: choose another name, or detach first")

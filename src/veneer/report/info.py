@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from veneer.errors import AdapterFormatError, RunError
 from veneer.files import read_object
+from veneer.formats.peft_config import check_types
 from veneer.report import text
 from veneer.report.page import progress, score_rows
 from veneer.report.run import RunFiles, is_run, mapping, read_run
@@ -144,6 +145,7 @@ def _add_run(info: Info, run: RunFiles) -> None:
 
 def _add_adapter(info: Info, path: Path) -> None:
     config = read_object(path / CONFIG)
+    check_types(config, path / CONFIG)
     shapes, dtypes = _read_header(path / TENSORS)
     ranks: dict[str, float] = {}
     rest = []
@@ -152,6 +154,8 @@ def _add_adapter(info: Info, path: Path) -> None:
         if not found:
             rest.append(key)
         elif found[3] == "A":
+            if len(shape) < 2 or 0 in shape:
+                raise AdapterFormatError(f"{path / TENSORS}: {key} is {shape}, no factor of a rank")
             name, fused = _module(found[1], config)
             ranks[name] = _by_pattern(config, "rank_pattern", "r", name, path) if fused else shape[0]
     info.tokens = sum(shapes[key][0] for key in rest if key.endswith(TOKENS))

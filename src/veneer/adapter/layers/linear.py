@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.adapter import math, quantised
@@ -107,7 +106,7 @@ class AdaptedLinear(AdaptedModule):
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Adapter `name`'s part of the output, given the base's output y."""
         with self.routing.streams.get(name) or nullcontext():
-            xd = F.dropout(x, self.dropout[name], self.training)
+            xd = self._drop(name, x)
         lora_A, lora_B = self.factors(name)
         update = reference.grouped_lora(xd, [lora_A], [lora_B], [self.scaling[name]])
         if name in self.lora_bias:
