@@ -101,7 +101,7 @@ def test_info_of_a_factor_without_a_rank(saved, shape):
         {"target_parameters": 3},
         {"layers_pattern": "("},
     ],
-    ids=str,
+    ids=lambda fields: f"{fields}"[:40],
 )
 def test_fields_that_cannot_be_meant(saved, fields):
     rewrite(saved, **fields)
@@ -130,10 +130,9 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        block = lambda: nn.ModuleDict(
-            {"experts": nn.ModuleList(nn.ModuleDict({"w": nn.Linear(6, 6)}) for _ in range(3))}
-        )  # noqa: E731
-        self.model = nn.ModuleDict({"layers": nn.ModuleList(block() for _ in range(4))})
+        blocks = [[nn.ModuleDict({"w": nn.Linear(6, 6)}) for _ in range(3)] for _ in range(4)]
+        layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(experts)}) for experts in blocks)
+        self.model = nn.ModuleDict({"layers": layers})
 
     def forward(self, x):
         for block in self.model["layers"]:
