@@ -10,6 +10,7 @@ from torch import nn
 
 import veneer
 from conftest import tiny_llama
+from veneer.adapter.pretrained import trained_state
 from veneer.errors import AdapterFormatError
 from veneer.formats.adapter_file import read_adapter
 from veneer.formats.merge_stream import merge_checkpoint
@@ -181,6 +182,7 @@ def test_running_means_of_a_whole_module_are_saved_with_it(tmp_path):
     for got in (theirs, ours):
         torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-6)
     assert "base_model.model.norm.num_batches_tracked" in load_file(tmp_path / "ours" / TENSORS)
+    assert torch.equal(trained_state(veneer.get_bank(model))["norm.running_mean"], model.norm.running_mean)
 
 
 def test_a_dora_adapter_without_magnitudes_is_not_merged_as_a_plain_one(saved, tmp_path):

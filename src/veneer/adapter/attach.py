@@ -65,6 +65,13 @@ def check_model(model: nn.Module) -> None:
         raise AdapterStateError(
             f"the model is wrapped ({type(model).__name__}): put the adapter on the model inside, .{leaf}, and wrap it then"
         )
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+            raise AdapterStateError(
+                f"{path}: its weights are offloaded by accelerate (device_map), and come in for the module's own call alone: "
+                f"load the model without (veneer train streams what does not fit)"
+            )
 
 
 def check_config(config: AdapterConfig) -> AdapterConfig:

@@ -112,6 +112,7 @@ def trained_state(bank: Bank) -> dict[str, Tensor]:
     layers = {id(layer) for layer in bank.wrappers}
     inside = tuple(f"{path}." for path, module in bank.model.named_modules() if id(module) in layers)
     trains = {path for path, p in bank.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    trains |= {key for name in bank.active for key in bank.buffers(name)}
     return {
         key: value.detach().to("cpu", copy=True).contiguous()
         for key, value in bank.model.state_dict().items()
