@@ -185,6 +185,27 @@ def test_running_means_of_a_whole_module_are_saved_with_it(tmp_path):
     assert torch.equal(trained_state(veneer.get_bank(model))["norm.running_mean"], model.norm.running_mean)
 
 
+def classifier():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return BertForSequenceClassification(BertConfig(vocab_size=60, num_labels=3, **sizes)).eval()
+
+
+@pytest.mark.parametrize("names", [["query"], ["query", "classifier"]], ids=str)
+def test_a_classifier_whose_head_is_adapted_or_left_as_it_is(tmp_path, names):
+    """A task_type of SEQ_CLS would make PEFT look for a head that is trained in full."""
+    model = peft.get_peft_model(classifier(), peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "peft")
+    ours = classifier()
+    veneer.load_adapter(ours, tmp_path / "peft")
+    veneer.save_adapter(ours, tmp_path / "ours")
+    torch.manual_seed(8)
+    again = peft.PeftModel.from_pretrained(classifier(), tmp_path / "ours")
+    torch.testing.assert_close(again.eval()(IDS).logits, model.eval()(IDS).logits, rtol=1e-5, atol=1e-6)
+
+
 def test_a_dora_adapter_without_magnitudes_is_not_merged_as_a_plain_one(saved, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     rewrite(saved, use_dora=True)

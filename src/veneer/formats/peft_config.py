@@ -92,7 +92,7 @@ def peft_config(bank: Bank, name: str, base_name: str | None) -> dict[str, Any]:
     rank, alpha, rank_pattern, alpha_pattern = _written_ranks(bank, name)
     return {
         "peft_type": "LORA",
-        "task_type": task_type(bank.model),
+        "task_type": task_type(bank.model, entry.modules),
         "base_model_name_or_path": base_name,
         "revision": None,
         "auto_mapping": None,
