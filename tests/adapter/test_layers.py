@@ -178,6 +178,17 @@ def test_a_fresh_dora_adapter_changes_nothing_and_its_magnitudes_are_the_norms()
     torch.testing.assert_close(m.data, model.m.weight.norm(dim=1))
 
 
+def test_doras_norms_follow_a_weight_that_is_trained():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(7, 5)), torch.randn(3, 7)
+    bank = veneer.attach(model, veneer.AdapterConfig(rank=2, dora=True, target_modules=["0"]))
+    bank.parameters("default")["0.lora_B"].data.normal_()
+    model(x)
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(5, 1) + 1)
+    torch.testing.assert_close(bank.layers["0"].merged({"default": 1.0})(x), model(x))
+
+
 def test_dora_over_a_zero_row_stays_finite():
     model = One(nn.Linear(6, 5))
     model.m.weight.data[2] = 0

@@ -93,6 +93,26 @@ def test_attach_says_what_it_takes():
         veneer.attach(tiny_llama(), veneer.AdapterConfig(rank=3), name=3)
 
 
+def test_a_model_that_accelerate_offloaded(model_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    parts = ("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb", "model.layers.0")
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(model_dir, device_map=places, offload_folder=str(tmp_path / "disk"))
+    with pytest.raises(AdapterStateError, match=r"model\.layers\.1\.\S+: its weights are offloaded by accelerate"):
+        veneer.attach(model, veneer.AdapterConfig(rank=2))
+
+
+@pytest.mark.parametrize("name", ["train", "type", "keys", "update", "training", "_keys"])
+def test_a_name_that_torchs_tables_cannot_hold(llama, name):
+    with pytest.raises(AdapterStateError, match=f"adapter name '{name}' is that of an attribute of torch's modules"):
+        veneer.attach(llama, veneer.AdapterConfig(rank=2), name=name)
+    assert not any("lora" in key for key in llama.state_dict())
+    bank = veneer.attach(llama, veneer.AdapterConfig(rank=2))
+    with pytest.raises(AdapterStateError, match="attribute"):
+        bank.rename("default", name)
+
+
 def test_blocks_end_well_though_their_adapter_was_renamed_or_removed():
     model = adapted("a", "b")
     bank, acting = veneer.get_bank(model), logits(model)

@@ -20,6 +20,7 @@ CASES = {
     "patterns": ({}, {"rank_pattern": {"q_proj": 2, r".*\.1\.mlp\.up_proj": 3}, "alpha_pattern": {"v_proj": 3}}),
     "regex": ({}, {"target_modules": r".*\.1\..*(q_proj|up_proj)"}),
     "layers": ({}, {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": None}),
+    "layers-pattern": ({}, {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
     "excluded": ({}, {"exclude_modules": ["down_proj"]}),
     "dropout": ({}, {"lora_dropout": 0.4}),
     "bias-all": (BIASED, {"bias": "all", "target_modules": ["q_proj"]}),
@@ -244,3 +245,16 @@ def test_a_failed_conversion_leaves_peft_as_it_was():
         veneer.from_peft(
             peft.get_peft_model(tiny_llama(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
         )
+
+
+def test_an_adapted_embedding_with_its_tied_head(tmp_path):
+    options = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    theirs = peft.get_peft_model(tiny_llama(), config(**options)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)  # in place: the head's factors are the embedding's, seen from the other side
+    logits = theirs(IDS).logits.detach()
+    model = veneer.from_peft(theirs)
+    torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-5, atol=1e-5)
+    assert veneer.get_bank(model).check("default").config.tied_head == "both"

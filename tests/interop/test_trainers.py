@@ -215,3 +215,75 @@ def test_trainer_takes_an_adapted_quantised_base(tmp_path):
     assert trained(ours, tmp_path / "v") == pytest.approx(one, rel=1e-4)
     ours.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def preferences():
+    from datasets import Dataset
+
+    def answer(text):
+        return [{"role": "assistant", "content": text}]
+
+    prompt = [[{"role": "user", "content": f"number {i}"}] for i in range(30)]
+    columns = {
+        "prompt": prompt,
+        "chosen": [answer(f"city {i * 7}") for i in range(30)],
+        "rejected": [answer(f"town {i * 3}") for i in range(30)],
+    }
+    return Dataset.from_dict(columns)
+
+
+def dpo(model, folder, tokenizer, **options):
+    trl = pytest.importorskip("trl")
+    args = arguments(folder, trl.DPOConfig, **{"gradient_checkpointing": False} | options)
+    return trl.DPOTrainer(model=model, args=args, train_dataset=preferences(), processing_class=tokenizer)
+
+
+def test_dpo_trains_an_attached_model_as_it_does_pefts(tmp_path, tokenizer):
+    """The trained adapter itself is the reference, and the adapter's dropout is off, as TRL wants it."""
+    options = {"init_lora_weights": False, "lora_dropout": 0.4}
+    one = losses(dpo(peft_model(**options), tmp_path / "p", tokenizer))
+    peft_model(**options).save_pretrained(tmp_path / "initial")
+    model = tiny_llama()
+    veneer.load_adapter(model, tmp_path / "initial")
+    two = losses(dpo(model, tmp_path / "v", tokenizer, precompute_ref_log_probs=True))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [sft, dpo])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"], "tied_head": "both"},
+        {"target_modules": ["q_proj"], "trainable_tokens": [3, 5]},
+    ],
+    ids=str,
+)
+def test_trl_stops_where_it_would_pass_an_adapted_head_by(tmp_path, tokenizer, make, options):
+    more = {"precompute_ref_log_probs": True} if make is dpo else {}
+    with pytest.raises(veneer.VeneerError, match="the output head is adapted, and TRL computes the loss from its"):
+        make(attached(tmp_path, seed=1, **options), tmp_path / "out", tokenizer, **more).train()
+
+
+def test_trl_trains_the_head_as_a_whole_and_beside_an_adapted_embedding(tmp_path, tokenizer):
+    losses(sft(attached(tmp_path, seed=1, modules_to_save=["lm_head"]), tmp_path / "a", tokenizer))
+    options = {"target_modules": ["embed_tokens", "q_proj"], "tied_head": "embedding"}
+    losses(sft(attached(tmp_path, seed=1, **options), tmp_path / "b", tokenizer))
+
+
+def test_accelerates_way_of_saving(tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(attached(tmp_path, seed=1))
+    state = accelerator.get_state_dict(model)
+    options = {"is_main_process": accelerator.is_main_process, "save_function": accelerator.save}
+    accelerator.unwrap_model(model).save_pretrained(tmp_path / "out", **options, state_dict=state)
+    again = tiny_llama()
+    veneer.load_adapter(again, tmp_path / "out")
+    ids = rows(1)[0]["input_ids"][None]
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+    key = next(key for key in state if key.endswith("lora_A.default"))
+    with pytest.raises(veneer.VeneerError, match=r"save_pretrained\(state_dict=…\) got other values"):
+        model.save_pretrained(tmp_path / "other", state_dict=state | {key: state[key] + 1})
+    assert not (tmp_path / "other").exists()

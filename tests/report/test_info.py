@@ -117,8 +117,8 @@ def test_nothing_there(tmp_path):
         ("adapter_config.json", None, "adapter_config.json is missing"),
         ("adapter_config.json", b"{", "adapter_config.json is damaged"),
         ("adapter_config.json", b"[]", "not an object"),
-        ("adapter_config.json", b'{"lora_alpha": "x"}', "lora_alpha or alpha_pattern is damaged"),
-        ("adapter_config.json", b'{"alpha_pattern": {"(": 1}}', "lora_alpha or alpha_pattern is damaged"),
+        ("adapter_config.json", b'{"lora_alpha": "x"}', "lora_alpha is damaged"),
+        ("adapter_config.json", b'{"alpha_pattern": {"(": 1}}', "alpha_pattern is damaged"),
         ("veneer.json", b"\xff", "veneer.json is damaged"),
     ],
 )

@@ -36,7 +36,7 @@ def test_linears_of_one_input_are_found_by_watching():
     model, _ = adapted()
     found = [[name.rsplit(".", 1)[-1] for name in group] for group in groups_of(model)]
     assert found == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.model.modules())
 
 
 def test_packing_keeps_what_the_model_computes_and_is_undone_bit_for_bit():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapter.bank import NAME, Bank, Entry
+from veneer.adapter.bank import Bank, Entry, check_name
 from veneer.adapter.init import Start, blank, start
 from veneer.adapter.invocation import watch_invocation
 from veneer.adapter.layers import (
@@ -69,6 +69,13 @@ def check_model(model: nn.Module) -> None:
         raise AdapterStateError(
             f"the model is wrapped ({type(model).__name__}): put the adapter on the model inside, .{leaf}, and wrap it then"
         )
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+            raise AdapterStateError(
+                f"{path}: its weights are offloaded by accelerate (device_map), and come in for the module's own call alone: "
+                f"load the model without (veneer train streams what does not fit)"
+            )
 
 
 def check_config(config: AdapterConfig) -> AdapterConfig:
@@ -232,8 +239,7 @@ def _unwrap(bank: Bank) -> None:
 
 def check_free(model: nn.Module, name: str) -> None:
     """Raise `AdapterStateError` unless the model can take a further adapter of this name."""
-    if not (isinstance(name, str) and NAME.fullmatch(name)):
-        raise AdapterStateError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
+    check_name(name)
     bank = model.__dict__.get(BANK)
     if bank is not None and name in bank.entries:
         raise AdapterStateError(f"the model already has an adapter {name!r}: choose another name, or detach first")

@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any
 from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.adapter.layers import AdaptedModule, Routing, Stream, TrainedTokens, plain
 from veneer.adapter.report import AttachReport, count
@@ -23,6 +23,22 @@ from veneer.kernels.ranges import Ranges
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 """What an adapter may be called: names stand in parameters' names and in files."""
+TAKEN = {*dir(nn.ParameterDict()), *dir(nn.ModuleDict())}
+"""What torch's tables of factors cannot hold under its name: their own methods and attributes."""
+
+
+def check_name(name: object) -> None:
+    """Raise `AdapterStateError` for what no adapter can be called."""
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise AdapterStateError(f"adapter name {name!r}: use letters, digits, '_' and '-'")
+    if name in TAKEN:
+        raise AdapterStateError(f"adapter name {name!r} is that of an attribute of torch's modules: choose another")
+
+
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers in a module's state dict, by name."""
+    state = module.state_dict(keep_vars=True)
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and not isinstance(v, nn.Parameter)}
 
 
 @dataclass
@@ -252,10 +268,9 @@ class Bank:
     def rename(self, name: str, new: str) -> None:
         """Give an adapter another name; it stays active if it was. Raises `AdapterStateError` (taken, or no name)."""
         entry = self.check(name)
-        if not (isinstance(new, str) and NAME.fullmatch(new)) or new in self.entries:
-            raise AdapterStateError(
-                f"adapter name {new!r} is taken or has other signs than letters, digits, '_' and '-'"
-            )
+        check_name(new)
+        if new in self.entries:
+            raise AdapterStateError(f"adapter name {new!r} is taken: choose another")
         if entry.config.invocation:
             raise AdapterStateError(f"adapter {name!r} is watched under its name (aLoRA): load it under the new one")
         for layer in self.wrappers:
@@ -278,6 +293,15 @@ class Bank:
         for path, module in entry.modules.items():
             found |= {f"{path}.{key}": value for key, value in module.named_parameters()}
         return found | entry.biases
+
+    def buffers(self, name: str) -> dict[str, Tensor]:
+        """The tensors that an adapter's whole modules hold besides their parameters and are saved with them: <module>.<own
+        name>, such as the running means of a BatchNorm."""
+        return {
+            f"{path}.{key}": value
+            for path, module in self.check(name).modules.items()
+            for key, value in saved_buffers(module).items()
+        }
 
     def report(self, name: str | None = None) -> AttachReport:
         """What an adapter (the newest, if not named) trains: parameters, share, size on disk; prints as one line."""

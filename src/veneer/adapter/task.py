@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 TASKS: dict[str, tuple[str | None, tuple[str, ...]]] = {
@@ -17,9 +19,13 @@ TASKS: dict[str, tuple[str | None, tuple[str, ...]]] = {
 """Ending of the model's class → PEFT's task_type (None: PEFT has none), and its new head."""
 
 
-def task_type(model: nn.Module) -> str | None:
-    """PEFT's task_type of a model; None where PEFT's model class for it would not take the model's inputs."""
-    if getattr(model, "main_input_name", None) != "input_ids":
+def task_type(model: nn.Module, whole: Collection[str]) -> str | None:
+    """PEFT's task_type for an adapter of a model, of which it trains the modules `whole` in full.
+
+    None where PEFT's model class for the task would not take the model's inputs, or would look for a head in the file
+    that is not among `whole` (one that is adapted, or left as it is).
+    """
+    if getattr(model, "main_input_name", None) != "input_ids" or not task_heads(model).keys() <= set(whole):
         return None
     name = type(model).__name__
     known = next((task for ending, (task, _) in TASKS.items() if name.endswith(ending)), None)

@@ -24,6 +24,7 @@ from veneer.formats.peft import (
     PROVENANCE,
     TENSORS,
     check_base,
+    check_values,
     read_config,
     read_provenance,
     read_tensors,
@@ -188,16 +189,15 @@ def _factors(source: Path, name: str, pair: dict[str, Tensor], fields: dict[str,
         raise AdapterFormatError(f"{source}: {name} lacks lora_{'B' if 'A' in pair else 'A'}")
     (lora_A, lora_B), (rank, scaling) = (pair["A"], pair["B"]), rank_and_scaling(name, fields)
     parameter = names_of(name, fields) != [name.removesuffix(OUT_PROJ).replace(".base_layer", "")]
-    experts = lora_A.shape[0] // rank if parameter else 1
-    rows, columns = lora_A.shape[0], lora_B.shape[1] if lora_B.ndim > 1 else 0
+    rows, columns = len(lora_A) if lora_A.ndim else 0, lora_B.shape[1] if lora_B.ndim > 1 else 0
+    experts = rows // rank if parameter else 1
     if lora_A.ndim < 2 or rows != rank * experts or columns == 0 or rows % columns or lora_A.ndim != lora_B.ndim:
         raise AdapterFormatError(
             f"{source}: {name} has factors {tuple(lora_A.shape)} and {tuple(lora_B.shape)}, its rank is {rank}"
         )
     if columns != rows:
         raise AdapterFormatError(f"{source}: {name} is a grouped convolution, whose ΔW is no product of its factors")
-    if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
-        raise AdapterFormatError(f"{source}: {name} holds NaN or infinite values")
+    check_values(lora_A, f"{name}.lora_A", source), check_values(lora_B, f"{name}.lora_B", source)
     return Factors(lora_A, lora_B, scaling, embedding, experts)
 
 

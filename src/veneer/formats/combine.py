@@ -351,7 +351,7 @@ def _new_tokens(source: AdapterFile) -> list[str]:
 
 
 def _as_set(value: Any) -> Any:
-    return frozenset(value) if isinstance(value, (list, set, tuple)) else value or None
+    return (frozenset(value) if isinstance(value, (list, set, tuple)) else value) or None
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -199,7 +199,7 @@ def _fields(model: Any, base: str, targets: list[str], modules: list[str], bias:
     """adapter_config.json; `write_adapter` adds the ranks."""
     return {
         "peft_type": "LORA",
-        "task_type": task_type(model),
+        "task_type": task_type(model, modules),
         "base_model_name_or_path": base,
         "revision": None,
         "auto_mapping": None,

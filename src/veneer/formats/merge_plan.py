@@ -19,7 +19,16 @@ from veneer.base.mapped import map_model
 from veneer.base.quant import stored_method
 from veneer.errors import AdapterFormatError, BaseModelError
 from veneer.formats.changes import Change, by_place, changes_of
-from veneer.formats.peft import CONFIG, TENSORS, check_base, new_tokens_of, put_on, read_config, read_tensors
+from veneer.formats.peft import (
+    CONFIG,
+    TENSORS,
+    check_base,
+    check_values,
+    new_tokens_of,
+    put_on,
+    read_config,
+    read_tensors,
+)
 from veneer.formats.peft_tensors import resolve_paths
 from veneer.version import __version__
 
@@ -75,6 +84,8 @@ def plan_merge(
     fields, tensors, magnitudes = _without_magnitudes(fields, tensors, adapter)
     with one_thread():
         bank = put_on(model, fields, tensors, name="default", trainable=False, source=adapter)
+        if bank.buffers("default"):
+            raise NotStreamable("the adapter brings whole modules with buffers")
         bank.activate(None)  # whole modules and biases go back to being the base's own
         magnitudes = _magnitudes_by_target(magnitudes, bank.layers, adapter)
         changes = changes_of(model, "default", magnitudes)
@@ -98,21 +109,21 @@ def one_thread() -> Iterator[None]:
 
 def _without_magnitudes(
     fields: dict[str, Any], tensors: dict[str, Tensor], source: Path
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """DoRA's magnitudes apart: putting a DoRA adapter on a model would read every weight for norms that it then loses."""
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor] | None]:
+    """DoRA's magnitudes apart (None: no DoRA): putting a DoRA adapter on a model would read every weight for norms that it
+    then loses."""
     if not fields.get("use_dora"):
-        return fields, tensors, {}
+        return fields, tensors, None
     mark = ".lora_magnitude_vector"
     found = {key.removesuffix(".weight").removesuffix(mark): v for key, v in tensors.items() if mark in key}
     for path, value in found.items():
-        if not value.isfinite().all():
-            raise AdapterFormatError(f"{source}: {path}{mark} holds NaN or infinite values")
+        check_values(value, path + mark, source)
     rest = {key: value for key, value in tensors.items() if mark not in key}
     return fields | {"use_dora": False}, rest, found
 
 
-def _magnitudes_by_target(found: dict[str, Tensor], layers: dict[str, Any], source: Path) -> dict[str, Tensor]:
-    if not found:
+def _magnitudes_by_target(found: dict[str, Tensor] | None, layers: dict[str, Any], source: Path) -> dict[str, Tensor]:
+    if found is None:
         return {}
     found = resolve_paths(found, [])
     for path, layer in layers.items():

@@ -16,7 +16,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from veneer.adapter.attach import BANK, Plan, check_model, get_bank, install
-from veneer.adapter.bank import Bank
+from veneer.adapter.bank import Bank, saved_buffers
 from veneer.adapter.init import Start
 from veneer.adapter.layers import plain
 from veneer.adapter.targets import (
@@ -168,6 +168,8 @@ def put_on(
             value = rows[path] if leaf == "trainable_tokens" else pairs.get(path, {}).get(leaf, rest.get(key))
             parameter.copy_(value.reshape(parameter.shape))
             parameter.requires_grad_(trainable)
+        for key, buffer in bank.buffers(name).items():
+            buffer.copy_(rest[key])
     return bank
 
 
@@ -190,8 +192,12 @@ def read_provenance(path: Path) -> dict[str, Any]:
     base = record.get("base") or {}
     if not (isinstance(base, dict) and isinstance(base.get("fingerprint") or {}, dict)):
         raise AdapterFormatError(f"{file} is damaged: base is no object")
-    if not isinstance(record.get("config") or {}, dict):
+    config = record.get("config") or {}
+    if not isinstance(config, dict):
         raise AdapterFormatError(f"{file} is damaged: config is no object")
+    tokens = config.get("new_tokens") or []
+    if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
+        raise AdapterFormatError(f"{file} is damaged: new_tokens is no list of texts")
     return record
 
 
@@ -211,9 +217,23 @@ def read_tensors(path: Path, mapped: bool = True) -> dict[str, Tensor]:
                 tensors = {key: data.get_tensor(key) for key in data.keys()}
         else:
             tensors = dict(sorted(load(file.read_bytes()).items()))  # which come in any order
-        return {as_lora_key(key.removeprefix(PREFIX)): value for key, value in tensors.items()}
+        return {as_lora_key(key.removeprefix(PREFIX)): _readable(value) for key, value in tensors.items()}
     except (SafetensorError, OSError, KeyError) as error:
         raise AdapterFormatError(f"{file} is damaged or cut short: {error}") from None
+
+
+def _readable(value: Tensor) -> Tensor:
+    """8-bit floats, which have no arithmetic, as float32, which holds them exactly; any other tensor as it is."""
+    return value.float() if value.is_floating_point() and value.dtype.itemsize == 1 else value
+
+
+def check_values(value: Tensor, what: str, source: object) -> None:
+    """Raise `AdapterFormatError` unless a tensor is of finite floating-point numbers."""
+    if not value.is_floating_point():
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise AdapterFormatError(f"{source}: {what} is {dtype}, no floating-point numbers")
+    if not value.isfinite().all():
+        raise AdapterFormatError(f"{source}: {what} holds NaN or infinite values")
 
 
 def check_base(model: nn.Module, path: Path, force: bool | None, mine: Fingerprint | None = None) -> None:
@@ -241,8 +261,10 @@ def _with_kept_modules(model: nn.Module, config: AdapterConfig, tensors: dict[st
     names = [plain_name(name) for name, _ in model.named_modules()]
     kept: dict[str, None] = {}
     for entry in config.modules_to_save:
-        held = [n for n in names if n.endswith(entry) and any(key.startswith(f"{n}.") for key in tensors)]
-        whole = [n for n in names if n == entry or n.endswith(f".{entry}")]
+        alike = [n for n in names if n.endswith(entry)]
+        whole = [n for n in alike if n == entry or n.endswith(f".{entry}")]
+        held = [n for n in alike if any(key.startswith(f"{n}.") for key in tensors)]
+        held = alike if set(held) - set(whole) else held  # if one by its last letters, all, as in PEFT: none was lost
         unknown = [entry] if not (held or whole) and any(f".{entry}." in f".{key}" for key in tensors) else []
         kept |= dict.fromkeys([*whole, *held, *unknown])
     return config.model_copy(update={"modules_to_save": list(kept)})
@@ -287,6 +309,7 @@ def _check_targets(
         return
     expected = {name for name in expected if not _is_kept(f"{name}.weight", config)}  # kept whole wins, as in PEFT
     expected |= {name for name, (_, kind) in parts.items() if kind == "parameter"}
+    expected -= {tied_head(model)} if config.tied_head == "both" else set()
     expected |= {f"{name}.out_proj" for name in expected if parts[name][1] == "attention"}
     missing, extra = [n for n in expected if n not in pairs], [n for n in pairs if n not in expected]
     for names, what in ((missing, "tensors are missing for"), (extra, "tensors are there that the config leaves out,")):
@@ -315,8 +338,7 @@ def _target(
                 f"{source}: {name}.{leaf} is {tuple(pair[leaf].shape)}, not {shape} as rank {target.rank} wants"
             )
     for leaf, value in pair.items():
-        if not value.isfinite().all():
-            raise AdapterFormatError(f"{source}: {name}.{leaf} holds NaN or infinite values")
+        check_values(value, f"{name}.{leaf}", source)
         if leaf not in ("lora_A", "lora_B") and value.numel() != target.d_out:
             raise AdapterFormatError(f"{source}: {name}.{leaf} has {value.numel()} values, not {target.d_out}")
     return target
@@ -347,7 +369,9 @@ def _is_kept(key: str, config: AdapterConfig) -> bool:
 
 
 def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tensor], plan: Plan, source: object) -> None:
-    shapes = {key: p.shape for key, p in base_parameters(model).items()}
+    parameters = base_parameters(model)
+    buffers = {f"{path}.{k}": v for path, m in plan.modules.items() for k, v in saved_buffers(m).items()}
+    shapes = {key: value.shape for key, value in (parameters | buffers).items()}
     expected = {key for key in shapes if _is_kept(key, plan.config)} | set(plan.biases)
     missing, extra = sorted(expected - rest.keys()), sorted(rest.keys() - expected)
     missing += [path for path in plan.tokens if path not in rows]
@@ -361,6 +385,8 @@ def _check_rest(model: nn.Module, rest: dict[str, Tensor], rows: dict[str, Tenso
         shape = tuple(wanted.get(key, shapes.get(key, ())))
         if tuple(value.shape) != shape:
             raise AdapterFormatError(f"{source}: {key} is {tuple(value.shape)}, the model's is {shape}")
+        if key in parameters or key in rows:
+            check_values(value, key, source)
 
 
 def write_json(path: Path, values: dict[str, Any], sort_keys: bool = False) -> None:

@@ -39,9 +39,10 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
+LARGEST = 1e30  # float32 holds it, and its product with a factor
 Pattern = Annotated[str, AfterValidator(_compiles)]
 Rank = Annotated[int, Field(ge=1)]
-Alpha = Annotated[float, Field(allow_inf_nan=False)]
+Alpha = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
 
 
 class Fields(BaseModel):
@@ -55,6 +56,7 @@ class Fields(BaseModel):
     lora_bias: bool | None = None
     lora_dropout: float | None = None
     bias: str | None = None
+    init_lora_weights: bool | str | None = None
     rank_pattern: dict[Pattern, Rank] | None = None
     alpha_pattern: dict[Pattern, Alpha] | None = None
     target_modules: Pattern | list[str] | None = None
@@ -62,6 +64,7 @@ class Fields(BaseModel):
     target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: int | list[int] | None = None
+    layers_pattern: Pattern | list[Pattern] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     alora_invocation_tokens: list[int] | None = None
 
@@ -89,7 +92,7 @@ def peft_config(bank: Bank, name: str, base_name: str | None) -> dict[str, Any]:
     rank, alpha, rank_pattern, alpha_pattern = _written_ranks(bank, name)
     return {
         "peft_type": "LORA",
-        "task_type": task_type(bank.model),
+        "task_type": task_type(bank.model, entry.modules),
         "base_model_name_or_path": base_name,
         "revision": None,
         "auto_mapping": None,
@@ -215,7 +218,7 @@ def peft_targets(model: nn.Module, fields: dict[str, Any]) -> set[str] | None:
             return re.fullmatch(patterns, name) is not None
         return any(name == p or name.endswith("." + p) for p in patterns or ())
 
-    wanted, layers = fields.get("target_modules"), fields.get("layers_to_transform")
+    wanted = fields.get("target_modules")
     if not wanted:
         return None
     if wanted == "all-linear":
@@ -224,7 +227,18 @@ def peft_targets(model: nn.Module, fields: dict[str, Any]) -> set[str] | None:
     else:
         chosen = {n for n in candidates(model) if hit(wanted, n)}
     chosen = {n for n in chosen if not hit(fields.get("exclude_modules"), n)}
-    if layers is not None:
-        layers = [layers] if isinstance(layers, int) else layers
-        chosen = {n for n in chosen if layer_index(n) in layers}
-    return chosen
+    named = set() if isinstance(wanted, str) else set(wanted)
+    return {n for n in chosen if n in named or _in_layers(n, fields)}
+
+
+def _in_layers(name: str, fields: dict[str, Any]) -> bool:
+    """Whether layers_to_transform (an empty list restricts nothing) holds a module that is not named in full."""
+    layers, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern") or []
+    if layers is None or layers == []:
+        return True
+    index = layer_index(name)
+    if patterns:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
+        index = next((int(match[1]) for match in found if match), None)
+    return index in ([layers] if isinstance(layers, int) else layers)

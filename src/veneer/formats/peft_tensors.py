@@ -8,7 +8,7 @@
 | output projection of an attention | <path>.base_layer.out_proj.… |
 | the n-th last adapted parameter of a module | <module>, then n times .base_layer, then .lora_A.weight … |
 | trained tokens | <embedding>.token_adapter.trainable_tokens_delta |
-| biases, modules_to_save | their own names (an adapted module's bias: <path>.base_layer.bias) |
+| biases, modules_to_save (with buffers) | their own names (an adapted module's bias: <path>.base_layer.bias) |
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def slots(bank: Bank, name: str) -> dict[str, tuple[Tensor, ...]]:
         found[f"{path}.{TOKENS}"] = (bank.tokens[path].lora_rows[name],)
     for path, module in entry.modules.items():
         found |= {f"{path}.{key}": (value,) for key, value in module.named_parameters()}
+    found |= {key: (value,) for key, value in bank.buffers(name).items()}
     for key, value in entry.biases.items():
         owner, _, leaf = key.rpartition(".")
         if owner in entry.targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from dataclasses import fields as dataclass_fields
@@ -187,6 +188,8 @@ def _peft_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _live_fields(config: Any, name: str, layers: dict[str, nn.Module]) -> dict[str, Any]:
     """The fields that describe the adapter as it is: its modules by name, each with its own rank and scaling."""
+    config = copy.copy(config)
+    config.layers_pattern = None  # its modules are named one by one
     fields = _fields(config)
     rank, alpha, rslora = fields["r"], fields["lora_alpha"], bool(fields["use_rslora"])
     targets, ranks, alphas = [], {}, {}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from veneer.errors import AdapterFormatError, RunError
 from veneer.files import read_object
+from veneer.formats.peft_config import check_types
 from veneer.report import text
 from veneer.report.page import progress, score_rows
 from veneer.report.run import RunFiles, is_run, mapping, read_run
@@ -144,6 +145,7 @@ def _add_run(info: Info, run: RunFiles) -> None:
 
 def _add_adapter(info: Info, path: Path) -> None:
     config = read_object(path / CONFIG)
+    check_types(config, path / CONFIG)
     shapes, dtypes = _read_header(path / TENSORS)
     ranks: dict[str, float] = {}
     rest = []
@@ -152,13 +154,15 @@ def _add_adapter(info: Info, path: Path) -> None:
         if not found:
             rest.append(key)
         elif found[3] == "A":
+            if len(shape) < 2 or 0 in shape:
+                raise AdapterFormatError(f"{path / TENSORS}: {key} is {shape}, no factor of a rank")
             name, fused = _module(found[1], config)
-            ranks[name] = _by_pattern(config, "rank_pattern", "r", name, path) if fused else shape[0]
+            ranks[name] = _by_pattern(config, "rank_pattern", "r", name) if fused else shape[0]
     info.tokens = sum(shapes[key][0] for key in rest if key.endswith(TOKENS))
     if not (ranks or info.tokens):
         raise AdapterFormatError(f"{path / TENSORS}: holds no lora_A tensor: not a LoRA adapter")
     info.rslora, info.dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
-    alphas = {name: _by_pattern(config, "alpha_pattern", "lora_alpha", name, path) for name in ranks}
+    alphas = {name: _by_pattern(config, "alpha_pattern", "lora_alpha", name) for name in ranks}
     roots = {name: math.sqrt(rank) if info.rslora else rank for name, rank in ranks.items()}
     info.ranks = sorted(set(ranks.values()))
     info.alphas = sorted(set(alphas.values()))
@@ -185,15 +189,12 @@ def _module(path: str, config: dict[str, Any]) -> tuple[str, bool]:
     return (f"{plain}.{own[-1 - depth]}", True) if depth < len(own) else (plain, False)
 
 
-def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str, path: Path) -> float:
+def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) -> float:
     """A module's rank or alpha by PEFT's rule: the first pattern that matches the name or its ending, else the default."""
-    try:
-        for pattern, value in mapping(config.get(patterns)).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return float(value)
-        return float(config.get(default, 8))
-    except (re.error, TypeError, ValueError) as error:
-        raise AdapterFormatError(f"{path / CONFIG}: {default} or {patterns} is damaged: {error}") from None
+    for pattern, value in mapping(config.get(patterns)).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return float(value)
+    return float(config.get(default, 8))
 
 
 def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:

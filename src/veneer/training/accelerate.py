@@ -15,7 +15,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.random import fork_rng
 
 from veneer.adapter.blocks import repeated_blocks, spread
-from veneer.adapter.layers import AdaptedModule
 from veneer.errors import ConfigError
 from veneer.kernels.compiling import compile_or_plain
 from veneer.kernels.devices import indexed
@@ -46,9 +45,6 @@ def draws_random(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     rates = [module.p for module in model.modules() if isinstance(module, _DropoutNd)]
     rates += [value for key, value in (vars(config) if config is not None else {}).items() if "drop" in key]
-    rates += [
-        rate for module in model.modules() if isinstance(module, AdaptedModule) for rate in module.dropout.values()
-    ]
     return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 

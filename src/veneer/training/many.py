@@ -98,7 +98,7 @@ class Lane(Trainer):
         """Forget the gradients of the batch in work."""
         self.optimizer.zero_grad()
         self.losses.clear()
-        drops = any(layer.dropout.get(self.name) for layer in self.bank.layers.values())
+        drops = any(self.name in layer.lora_dropout for layer in self.bank.layers.values())
         self.stream = Stream(self.batch.seed, next(self.model.parameters()).device) if drops else None
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.adapter import math
@@ -93,7 +94,8 @@ class AdaptedModule(nn.Module):
         self.rank: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()
+        """By adapter, where it has some; modules, so that code which switches a model's dropout off finds them."""
         self.options: dict[str, Options] = {}
 
     @classmethod
@@ -132,7 +134,9 @@ class AdaptedModule(nn.Module):
             self.lora_A_start[name] = nn.Parameter(lora_A.clone(), requires_grad=False)
             self.lora_B_start[name] = nn.Parameter(lora_B.clone(), requires_grad=False)
         self.rank[name], self.alpha[name], self.options[name] = rank, alpha, options
-        self.dropout[name], self.scaling[name] = options.dropout, math.scaling(rank, alpha, options.rslora)
+        self.scaling[name] = math.scaling(rank, alpha, options.rslora)
+        if options.dropout:
+            self.lora_dropout[name] = nn.Dropout(options.dropout)
         if options.lora_bias:
             self.lora_bias[name] = nn.Parameter(lora_B.new_zeros(self.d_out))
         if options.dora:
@@ -163,7 +167,7 @@ class AdaptedModule(nn.Module):
 
     def tables(self) -> list[MutableMapping[str, Any]]:
         """All that is kept here by adapter name."""
-        names = (*TABLES, "lora_A_start", "lora_B_start", "rank", "alpha", "scaling", "dropout", "options")
+        names = (*TABLES, "lora_A_start", "lora_B_start", "lora_dropout", "rank", "alpha", "scaling", "options")
         return [getattr(self, name) for name in names]
 
     def rename(self, name: str, new: str) -> None:
@@ -206,7 +210,11 @@ class AdaptedModule(nn.Module):
             )
 
     def _drops(self, name: str) -> bool:
-        return self.training and self.dropout[name] > 0
+        return self.training and name in self.lora_dropout and self.lora_dropout[name].p > 0
+
+    def _drop(self, name: str, x: Tensor) -> Tensor:
+        """x with the adapter's dropout."""
+        return F.dropout(x, self.lora_dropout[name].p) if self._drops(name) else x
 
     def delta(self, name: str) -> Tensor:
         """ΔW of one adapter in float32, in the shape of the frozen weight as `weight_of` gives it."""

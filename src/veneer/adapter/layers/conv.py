@@ -49,7 +49,7 @@ class AdaptedConv(AdaptedModule):
         return y + sum(w * self._update(name, x, y) for name, w in self.active()) if self.active() else y
 
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        xd, base = F.dropout(x, self.dropout[name], self.training), self.base_layer
+        xd, base = self._drop(name, x), self.base_layer
         lora_A, lora_B = (f.to(x.dtype) for f in self.factors(name))
         low = self._convolve(xd, lora_A)
         bias = self.lora_bias[name].to(x.dtype) if name in self.lora_bias else None

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.adapter import math, quantised
@@ -107,7 +106,7 @@ class AdaptedLinear(AdaptedModule):
     def _update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Adapter `name`'s part of the output, given the base's output y."""
         with self.routing.streams.get(name) or nullcontext():
-            xd = F.dropout(x, self.dropout[name], self.training)
+            xd = self._drop(name, x)
         lora_A, lora_B = self.factors(name)
         update = reference.grouped_lora(xd, [lora_A], [lora_B], [self.scaling[name]])
         if name in self.lora_bias:
@@ -190,6 +189,10 @@ class AdaptedLinear(AdaptedModule):
         """‖W + s B A‖ of each row in float32, (d_out), without gradient (arXiv:2402.09353, section 4.3)."""
         with torch.no_grad():
             weight = weight_of(self.base_layer)
+            if not torch.compiler.is_compiling():  # compiled code has frozen weights
+                version = None if weight.is_inference() else weight._version
+                if version != self.__dict__.get("_squares_of"):  # a weight that is trained, or loaded anew
+                    self.__dict__ |= {"_squares": None, "_squares_of": version}
             if self.__dict__.get("_squares") is None or self._squares.device != weight.device:
                 self._squares = row_square_norms(weight)
             lora_A, lora_B = self.factors(name)

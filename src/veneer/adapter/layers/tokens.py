@@ -102,6 +102,9 @@ class TrainedTokensTwin(AdaptedModule):
     def forward(self, ids: Tensor) -> Tensor:
         return self.source.look_up(ids, self.base_layer)
 
+    def active(self) -> list[tuple[str, float]]:
+        return self.source.active()
+
     def remove(self, name: str) -> None:
         """The rows are the embedding's."""
 
