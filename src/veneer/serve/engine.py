@@ -101,11 +101,15 @@ class Engine:
             self._arrived.notify()
         return ticket
 
-    def shutdown(self, drain_seconds: float = 30.0) -> None:
-        """Take no more requests, finish those accepted for up to `drain_seconds`, cancel the rest, stop the thread."""
+    def drain(self, seconds: float) -> None:
+        """Take no more requests, finish those accepted for up to `seconds` and cancel the rest; does not wait for it."""
         with self._arrived:
-            self._stop_at = monotonic() + drain_seconds
+            self._stop_at = monotonic() + seconds
             self._arrived.notify()
+
+    def shutdown(self, drain_seconds: float = 30.0) -> None:
+        """As `drain`, and wait for it; then stop the thread and give the model back as it was."""
+        self.drain(drain_seconds)
         if self._thread is not None:
             self._thread.join()
         self.runner.close()
