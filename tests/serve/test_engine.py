@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import threading
 import time
 import weakref
 
@@ -244,6 +245,26 @@ def test_a_pinned_adapter_stays_on_the_device(started):
         read(ask(engine, "Hello", 2, [(name, 1.0)]))
     assert registry.info("a").tier == "device" and registry.info("b").tier == "device"
     assert registry.info("c").tier == "host"
+
+
+def test_an_adapter_gets_its_place_although_another_is_always_in_use(started, monkeypatch):
+    monkeypatch.setattr("veneer.serve.engine.PATIENCE", 0.05)
+    engine, _ = started(adapters=["a", "b"], slots=2, registry={"device_slots": 1})
+
+    def use():
+        return ask(engine, "Hello", 60, [("a", 1.0)], ignore_eos=True)
+
+    running = [use(), use()]
+    read(ask(engine, "Hello", 1))  # by now one of them is at work
+    answered, other = 0, ask(engine, "Hello", 2, [("b", 1.0)])
+    threading.Thread(target=lambda: read(other), daemon=True).start()
+    while not other._finished and answered < 30:
+        running.append(use())
+        read(running.pop(0))  # the other one is at work still
+        answered += 1
+    for ticket in running:
+        ticket.cancel()
+    assert answered < 30
 
 
 @KINDS

@@ -216,7 +216,9 @@ def test_a_client_that_leaves_frees_its_slot(serve, stream):
 def test_many_loads_from_a_slow_disk_hold_up_no_answer(serve, monkeypatch):
     with serve() as served, ThreadPoolExecutor(50) as pool:
         disk, load = threading.Event(), served.registry.load
-        monkeypatch.setattr(served.registry, "load", lambda *given, **options: disk.wait(20) and load(*given, **options))
+        monkeypatch.setattr(
+            served.registry, "load", lambda *given, **options: disk.wait(20) and load(*given, **options)
+        )
         api = client(served)
         bodies = [{"lora_name": f"n{n}", "lora_path": str(served.folder)} for n in range(50)]
         loads = [pool.submit(api.post, "/load_lora_adapter", cast_to=str, body=body) for body in bodies]

@@ -32,6 +32,8 @@ CHUNK = {"cpu": 64, "cuda": 1024}
 """Tokens of prompts in one pass while answers are being written; they wait for it."""
 LEAST = {"cpu": 16, "cuda": 256}
 """Tokens of a prompt in one pass, unless it ends: fewer prompts at a time are ready sooner than all of them together."""
+PATIENCE = 1.0
+"""Seconds for which later requests may overtake one whose adapters find no place on the device."""
 
 NOT_FINITE = "the model gave no finite numbers: an adapter is damaged, or too strong for the model's dtype"
 
@@ -229,7 +231,10 @@ class Engine:
                 self._finish(running, "", "cancelled")
 
     def _admit(self) -> None:
-        """Give free slots to requests whose adapters are at hand, in the order they came."""
+        """Give free slots to requests whose adapters are at hand, in the order they came.
+
+        One that has found no place for its adapters for long stops those behind it, or the places would never be left.
+        """
         for running in list(self._waiting):
             if not self.slots.free:
                 return
@@ -238,6 +243,8 @@ class Engine:
             elif all([self.registry.ready(c) for c in running.contents]):
                 with self._blaming([running]):
                     self._place(running)
+                if running.crowded_out is not None and monotonic() - running.crowded_out > PATIENCE:
+                    return
 
     def _place(self, running: Running) -> None:
         slot, donor, length = self.slots.choose(running)
@@ -245,11 +252,13 @@ class Engine:
             place = self.runner.pool.acquire(content, slot)
             if place is None:  # all in use: another round
                 self._release_places(running)
+                running.crowded_out = running.crowded_out or monotonic()
                 return
             running.places.append(place)
         if length and donor != slot:
             self.runner.cache.copy(donor, slot, length)
         self.slots.take(running, slot, length)
+        running.crowded_out = None
         self.metrics.prompt += running.prompt
         self.metrics.cached += running.cached
         self._waiting.remove(running)
