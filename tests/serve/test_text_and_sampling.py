@@ -60,7 +60,16 @@ def test_draws_invert_the_cut_distribution():
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)) * 2
     count = 4000
     draws = [(n + 0.5) / count for n in range(count)]
-    for top_p, top_k, heat in ((1.0, 0, 0.7), (0.8, 0, 1.0), (0.99, 0, 30.0), (1.0, 5, 2.0), (0.6, 9, 1.0)):
+    rules = (
+        (1.0, 0, 0.7),
+        (0.8, 0, 1.0),
+        (0.99, 0, 30.0),
+        (1.0, 5, 2.0),
+        (0.6, 9, 1.0),
+        (0.5, 290, 30.0),
+        (1.0, 290, 30.0),
+    )
+    for top_p, top_k, heat in rules:
         p = (logits[0].double() / heat).softmax(-1)
         best, index = p.sort(descending=True)
         kept = torch.arange(300) < (top_k or 300)
