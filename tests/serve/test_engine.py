@@ -14,6 +14,7 @@ import torch
 from serve.served import Alone, GraphEngine, ask, engine_of, read, write
 
 from conftest import CORPUS, tiny_llama
+from veneer.errors import ConfigError
 from veneer.serve import AdapterExists, Engine, Overloaded, PromptTooLong, Request, Sampling, ServeError, UnknownAdapter
 
 KINDS = pytest.mark.parametrize("kind", [Engine, GraphEngine])
@@ -182,8 +183,9 @@ def test_requests_that_cannot_be_served_are_refused(started):
         (Request([1] * 120, Sampling(9)), PromptTooLong),
         (Request([1], Sampling(0)), PromptTooLong),
         (Request([99999], Sampling(4)), PromptTooLong),
-        (Request([1], Sampling(4), (("a", float("nan")),)), PromptTooLong),
-        (Request([1], Sampling(4), (("a", 1.0),) * 9), PromptTooLong),
+        (Request([1], Sampling(4), (("a", float("nan")),)), ConfigError),
+        (Request([1], Sampling(4), (("a", 1.0),) * 9), ConfigError),
+        (Request([1], Sampling(4), tuple((name, 1.0) for name in "abcd")), ConfigError),  # three fit on the device
         (Request([1], Sampling(4), (("nobody", 1.0),)), UnknownAdapter),
     ]:
         with pytest.raises(error):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.base.generate import end_tokens
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.serve.errors import Overloaded, PromptTooLong, ServeError
 from veneer.serve.metrics import Metrics
 from veneer.serve.registry import Registry
@@ -88,7 +88,8 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request) -> Ticket:
-        """Accept a request. Raises `Overloaded`, `UnknownAdapter`, `PromptTooLong`, `ServeError` (not running)."""
+        """Accept a request. Raises `Overloaded`, `UnknownAdapter`, `PromptTooLong`, `ServeError` (not running),
+        `ConfigError` (a stack that is too large, or a weight that is no number)."""
         self._check(request)
         with self._arrived:
             if self._thread is None or self._stop_at is not None:
@@ -156,11 +157,11 @@ class Engine:
         if not all(0 <= token < self.vocabulary for token in prompt):
             raise PromptTooLong(f"the prompt holds token ids outside the vocabulary of {self.vocabulary}")
         if len(request.adapters) > MOST_ADAPTERS:
-            raise PromptTooLong(f"a request stacks at most {MOST_ADAPTERS} adapters")
+            raise ConfigError(f"a request stacks at most {MOST_ADAPTERS} adapters")
         if len({name for name, _ in request.adapters}) > self.runner.pool.size:
-            raise PromptTooLong(f"{self.runner.pool.size} adapters fit on the device, and the request stacks more")
+            raise ConfigError(f"{self.runner.pool.size} adapters fit on the device, and the request stacks more")
         if not all(math.isfinite(weight) for _, weight in request.adapters):
-            raise PromptTooLong("an adapter's weight is not a finite number")
+            raise ConfigError("an adapter's weight is not a finite number")
 
     def _running(self, ticket: Ticket, contents: list) -> Running:
         request = ticket.request
