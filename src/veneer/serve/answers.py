@@ -67,7 +67,7 @@ class Running:
                 self.last[index] = piece
                 left -= piece.finish_reason is not None
                 if piece.finish_reason == "error":
-                    raise ApiError(500, f"the engine failed: {piece.error}", "server_error")
+                    raise ApiError(500, f"{piece.error}", "server_error")
                 if piece.finish_reason == "cancelled" and self.left:
                     raise ApiError(499, "the client has gone")  # which nobody reads, but the metrics count
                 if piece.finish_reason == "cancelled":
