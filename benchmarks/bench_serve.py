@@ -31,6 +31,7 @@ from veneer.serve import Engine, Registry, Request, Sampling
 MODEL = "smollm2-135m-instruct"
 CASES = {
     "rank 8 on q and v (PEFT's defaults)": {"rank": 8, "target_modules": ["q_proj", "v_proj"]},
+    "rank 8 on q, k, v and o": {"rank": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "rank 16 on all linears": {"rank": 16, "target_modules": "all-linear"},
 }
 

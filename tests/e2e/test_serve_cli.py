@@ -301,7 +301,7 @@ class TestVllm:
         arguments = ["serve", str(model_dir), "--adapters", str(folder), "--engine", "vllm", "--api-key", "secret"]
         environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VENEER_CACHE": str(tmp_path)}
         done = subprocess.run(
-            [sys.executable, "-m", "veneer", *arguments], capture_output=True, text=True, env=environment, timeout=120
+            [sys.executable, "-m", "veneer", *arguments], capture_output=True, text=True, env=environment, timeout=600
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"secret serve {model_dir} ") and "--enable-lora" in done.stdout

@@ -219,7 +219,7 @@ def test_in_a_browser(tmp_path, width):
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     options += " --disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=5000"
     command = ["chromium", *options.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", wrapper.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     found = re.search(r'<p id="out">width=(\d+) texts=(\d+) loss=(\d+)', done.stdout)
     assert found, done.stderr[-2000:]
     assert int(found[1]) <= width and int(found[2]) > 20 and int(found[3]) > 300

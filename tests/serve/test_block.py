@@ -5,17 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serve.block_checks import check_range
 from serve.served import Alone, GraphEngine, ask, engine_of, read, write
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from conftest import tiny_llama
 from veneer.errors import BaseModelError
-from veneer.kernels import served_block
+from veneer.kernels import served, served_block
 from veneer.serve.block import Products
+from veneer.serve.graphs import GraphRunner, dealt
+from veneer.serve.static import StaticRows
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -178,6 +183,21 @@ def test_a_served_block_has_what_a_model_asks_its_blocks_for(tokenizer, tmp_path
     engine.shutdown(5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 70), adapters=st.integers(1, 70), data=st.data())
+def test_a_step_is_dealt_into_as_few_tiles_as_have_room(rows, adapters, data):
+    """Or into single rows; those without an adapter, and padding, count too."""
+    places = data.draw(st.lists(st.one_of(st.none(), st.integers(0, adapters - 1)), min_size=1, max_size=rows))
+    tilings = GraphRunner._tilings(SimpleNamespace(fused=True), StaticRows, rows, 1)
+    count, size = dealt(tilings, rows, [place for place in places if place is not None])
+    padded = [[] if place is None else [place] for place in places] + [[]] * (rows - len(places))
+    tiles = torch.tensor(served.tile_rows(padded, 1, size, count)).view(1, count, 1 + size)
+    assert served.places_of(tiles, rows).flatten().tolist() == [own[0] if own else -1 for own in padded]
+    for fewer, most in tilings[: tilings.index((count, size))]:
+        with pytest.raises(ValueError, match="room for"):
+            served.tile_rows(padded, 1, most, fewer)
+
+
 def test_programs_have_a_power_of_two_of_warps():
     """Whatever the width of a head: triton takes no other number."""
     numbers = {served_block._warps(tile, width) for tile in (1, 16, 32) for width in range(2, 514, 2)}
@@ -218,4 +238,4 @@ def test_the_kernels_of_a_served_block_interpreted(monkeypatch):
     """In float32 and float16: the interpreter has no products of bfloat16."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("PYTHONPATH", ":".join([*sys.path, str(__file__).rsplit("/", 1)[0]]))
-    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, timeout=600)

@@ -260,7 +260,7 @@ def test_the_kernels_of_the_served_step_interpreted(monkeypatch):
     """In float32 and float16: the interpreter has no products of bfloat16."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("PYTHONPATH", ":".join([*sys.path, str(__file__).rsplit("/", 1)[0]]))
-    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, timeout=600)
 
 
 def test_linear_routes_through_the_fast_path():

@@ -23,7 +23,7 @@ def test_a_short_soak(model_dir, tmp_path):
         "--threads",
         "1",
     ]
-    done = subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, "--out", tmp_path / "out.json"], capture_output=True, text=True, timeout=600)
     found = json.loads((tmp_path / "out.json").read_text())
     holds = {what: held for what, held in found["holds"].items() if "memory" not in what}  # too short for that
     assert all(holds.values()) and len(holds) == 4, (found["lost"], found["wrong"], done.stderr[-2000:])

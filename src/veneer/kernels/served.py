@@ -172,13 +172,14 @@ def _power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def tile_rows(rows: Sequence[Sequence[int]], uses: int, size: int = ROWS) -> list[int]:
-    """The places of each row's uses → tiles (U, B, 1 + size), flat: a place and up to `size` rows, -1 where none is.
+def tile_rows(rows: Sequence[Sequence[int]], uses: int, size: int = ROWS, count: int | None = None) -> list[int]:
+    """The places of each row's uses → tiles (U, N, 1 + size), flat: a place and up to `size` rows, -1 where none is.
 
-    Tiles with rows come first. A row's n-th use lies in the n-th tiles, so that no two tiles of a use share a row. The
-    first use's tiles have all rows: those without an adapter lie in tiles of the place -1.
+    N is `count`, or as many as there are rows, which is always enough; ValueError if it is not. Tiles with rows come first.
+    A row's n-th use lies in the n-th tiles, so that no two tiles of a use share a row. The first use's tiles have all rows:
+    those without an adapter lie in tiles of the place -1.
     """
-    flat = []
+    flat, room = [], len(rows) if count is None else count
     for use in range(uses):
         found: dict[int, list[int]] = {}
         for row, places in enumerate(rows):
@@ -189,7 +190,9 @@ def tile_rows(rows: Sequence[Sequence[int]], uses: int, size: int = ROWS) -> lis
             for place, own in found.items()
             for part in (own[at : at + size] for at in range(0, len(own), size))
         ]
-        flat += [n for tile in tiles for n in tile] + [-1] * ((len(rows) - len(tiles)) * (size + 1))
+        if len(tiles) > room:
+            raise ValueError(f"{len(tiles)} tiles of {size} rows where there is room for {room}")
+        flat += [n for tile in tiles for n in tile] + [-1] * ((room - len(tiles)) * (size + 1))
     return flat
 
 

@@ -5,8 +5,8 @@ what a product of the base gave, adds the adapters' updates to it, does what the
 result by the A's of the products that come next. So adapters cost no launch of their own, only their bytes.
 
 `parts` (N, B, W) are the sums of h = x Aᵀ that the programs of a kernel made of their columns each; an `Update` is what
-is made of them. Every row is in one tile (`served.tile_rows` of one use), whose place is -1 for those without an
-adapter; padding of prompts is in none, and what is made of it is not written. Nothing that counts reads it.
+is made of them. Every row, padding too, is in one tile (`served.tile_rows` of one use), whose place is -1 for those
+without an adapter.
 The definitions in plain torch are in `served_block_twins`.
 
 Legend: B rows, N parts, P places, R rank, W = targets of a group · R, D width of the residual stream, I width of the
@@ -24,28 +24,31 @@ from veneer.kernels import served_block_twins as twins
 from veneer.kernels.served import Table, _factor, _jit, _power, _runs, _shrunk, _tile, _times, next_parts, tl
 from veneer.kernels.served_block_twins import Update
 
-CHUNK = tl.constexpr(16)
-"""Parts of h that are read at a time."""
+CHUNK, FEW = tl.constexpr(16), tl.constexpr(4)
+"""Parts of h that are read at a time, for one row and for several."""
 RANKS = tl.constexpr(16)
 """Of a factor's rank, at a time: the least of a product on tensor cores."""
-ADDED, GATED = 128, 256
-"""Columns that a program of `add` and of `gated` takes."""
+GATED = 256
+"""Columns that a program of `gated` takes."""
 
 
 @_jit
 def _summed(hidden, row, rows, W, N: tl.constexpr, M: tl.constexpr):
     """Σ_n of RANKS columns of h (N, rows, W) for the rows (M), some parts at a time."""
     r = tl.arange(0, RANKS)
-    total = tl.zeros((M, RANKS), tl.float32)
-    for start in tl.static_range(0, N, CHUNK):
-        n = start + tl.arange(0, CHUNK)
-        if M == 1:
+    if M == 1:
+        total = tl.zeros((M, RANKS), tl.float32)
+        for start in tl.static_range(0, N, CHUNK):
+            n = start + tl.arange(0, CHUNK)
             at = n[:, None] * rows * W + tl.max(row, 0) * W + r[None, :]
             total += tl.sum(tl.load(hidden + at, mask=n[:, None] < N, other=0.0), 0)[None, :]
-        else:
-            own = row[:, None, None] * W
+    else:
+        own, each = row[:, None, None] * W, tl.zeros((M, FEW, RANKS), tl.float32)
+        for start in tl.static_range(0, N, FEW):
+            n = start + tl.arange(0, FEW)
             at = n[None, :, None] * rows * W + own + r[None, None, :]
-            total += tl.sum(tl.load(hidden + at, mask=(own >= 0) & (n[None, :, None] < N), other=0.0), 1)
+            each += tl.load(hidden + at, mask=(own >= 0) & (n[None, :, None] < N), other=0.0)
+        total = tl.sum(each, 1)
     return total
 
 
@@ -227,12 +230,13 @@ def add(
     if not _runs(x):
         return twins.add(x, y, update, table, weight, A)
     (rows, D), (tiles, weights), M = x.shape, table, table.tiles.shape[1] - 1
-    blocks = -(-D // ADDED)
+    columns = 256 if M == 1 else 128
+    blocks = -(-D // columns)
     hidden, B, W, N, R = _hidden(update, x, 1)
-    wide, parts, V, BV = next_parts(A, x, blocks, ADDED, M)
+    wide, parts, V, BV = next_parts(A, x, blocks, columns, M)
     _add[(blocks, tiles.shape[0])](
         x, x if y is None else y, tiles, hidden, B[0], weights, weight, wide, x if parts is None else parts, rows, D, W,
-        R, V, y is not None, N, M, BV, ADDED, num_warps=_warps(M, ADDED), num_stages=1,
+        R, V, y is not None, N, M, BV, columns, num_warps=_warps(M, columns), num_stages=1,
     )  # fmt: skip
     return parts
 

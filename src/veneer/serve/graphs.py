@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,9 @@ WRITING = (1, 8, 16, 32, 64, 128, 256)
 READING = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Tokens of prompts in a pass's graph: no two neighbours are further apart than half, for padding costs as much."""
 
-SHARED = 3
-"""Rows of an adapter, in the mean, beyond which tiles are shared."""
+SHARES = (6, 3)
+"""A step is dealt into a sixth as many tiles as it has rows, into a third, or, if that is not enough, into one for each
+row: tiles that stay empty cost, and so do single rows that read what they could share."""
 
 WHAT = {StaticRows: "writes answers", StaticPieces: "reads prompts"}
 
@@ -46,8 +48,8 @@ class GraphRunner(Runner):
 
     def __init__(self, model: Any, registry: Registry, slots: int, context: int) -> None:
         self.buckets = {StaticRows: sorted({*(b for b in WRITING if b < slots), slots}), StaticPieces: READING}
-        self.steps: dict[tuple[type, int, int, int], Step] = {}
-        """By kind, bucket, room and rows of a tile."""
+        self.steps: dict[tuple[type, int, int, int, int], Step] = {}
+        """By kind, bucket, room, tiles and rows of one."""
         self.version = 0
         self.captures = {*self.buckets} if registry.device.type == "cuda" else set()
         """The kinds of batch whose passes are captured."""
@@ -77,8 +79,8 @@ class GraphRunner(Runner):
         for room in (0, 1) if self.pool.stacks else (0,):
             for kind, buckets in self.buckets.items():
                 for bucket in buckets:
-                    for size in sorted({self._size(kind, bucket, room, distinct) for distinct in (1, bucket)}):
-                        self._step(kind, bucket, room, size)
+                    for tiling in self._tilings(kind, bucket, room):
+                        self._step(kind, bucket, room, *tiling)
 
     @torch.inference_mode()
     def prompts(self, pieces: Sequence[Piece], last: Sequence[bool]) -> Tensor | None:
@@ -114,15 +116,19 @@ class GraphRunner(Runner):
     def _step_for(self, kind: type, rows: int, users: Sequence[tuple[Any, ...]]) -> Step:
         bucket = next(b for b in self.buckets[kind] if b >= rows)
         room = next(u for u in STACKED if u >= max(len(uses) for *_, uses in users))
-        distinct = len({place for *_, uses in users for place, _ in uses})
-        return self._step(kind, bucket, room, self._size(kind, bucket, room, distinct))
+        every = self._tilings(kind, bucket, room)
+        tiling = every[-1] if len(every) == 1 else dealt(every, bucket, [uses[0][0] for *_, uses in users if uses])
+        return self._step(kind, bucket, room, *tiling)
 
-    def _size(self, kind: type, bucket: int, room: int, distinct: int) -> int:
-        """Rows of a tile: single ones where most rows have an adapter of their own."""
-        single = kind is StaticRows and self.fused and room == 1 and SHARED * distinct >= bucket
-        return 1 if single else ROWS
+    def _tilings(self, kind: type, rows: int, room: int) -> list[tuple[int, int]]:
+        """How a batch may be dealt, the last way whatever its adapters: tiles of a use, and rows of one."""
+        if kind is StaticPieces or not self.fused or room > 1:
+            return [(rows, ROWS)]
+        if room == 0:
+            return [(-(-rows // ROWS), ROWS)]
+        return [(rows // share, ROWS) for share in SHARES if rows >= share] + [(rows, 1)]
 
-    def _step(self, kind: type, bucket: int, room: int, size: int) -> Step:
+    def _step(self, kind: type, bucket: int, room: int, count: int, size: int) -> Step:
         if self.version != self.pool.version:  # the pool moved: what was captured reads its old addresses
             self.version = self.pool.version
             if self.captures:
@@ -131,14 +137,15 @@ class GraphRunner(Runner):
             self._last = None
             if not self.steps:
                 self._memory = None  # memory of graphs that are all gone cannot be captured into again
-        key = kind, bucket, room, size
+        key = kind, bucket, room, count, size
         if key not in self.steps:
             self.steps[key] = self._make(*key)
         return self.steps[key]
 
     @torch.inference_mode()
-    def _make(self, kind: type, bucket: int, room: int, size: int) -> Step:
-        step = Step(kind(self.cache, bucket, room, self.slots if kind is StaticPieces else size, self.device))
+    def _make(self, kind: type, bucket: int, room: int, count: int, size: int) -> Step:
+        dealt = self.slots if kind is StaticPieces else (count, size)
+        step = Step(kind(self.cache, bucket, room, dealt, self.device))
         step.batch.fused = self.fused and room <= 1
         if kind in self.captures:
             try:
@@ -176,6 +183,14 @@ class GraphRunner(Runner):
         if self._logits is None:
             self._logits = logits.new_empty(self.slots, logits.shape[1])
         self._logits[: len(logits)].copy_(logits)
+
+
+def dealt(tilings: Sequence[tuple[int, int]], rows: int, places: Sequence[int]) -> tuple[int, int]:
+    """The first tiling with room for a batch of `rows` of which some have an adapter, at these places."""
+    own = Counter(places)
+    own[-1] = rows - len(places)  # those without one, and padding, are one more's
+    needed = sum(-(-n // ROWS) for n in own.values())
+    return next((count, size) for count, size in tilings if size == 1 or count >= needed)
 
 
 class OwnBlocks(GraphRunner):

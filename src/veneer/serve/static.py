@@ -85,10 +85,11 @@ class Static:
 
 
 class StaticRows(Static):
-    """B rows of one token each: what `Tokens` and `Rows` are on the CPU. Tiles have up to `size` rows of an adapter."""
+    """B rows of one token each: what `Tokens` and `Rows` are on the CPU. `tiling`: tiles of a use, and rows of one."""
 
-    def __init__(self, cache: SlotCache, rows: int, room: int, size: int, device: torch.device) -> None:
-        shape, self.size = (max(1, room), rows, 1 + size), size
+    def __init__(self, cache: SlotCache, rows: int, room: int, tiling: tuple[int, int], device: torch.device) -> None:
+        self.count, self.size = tiling
+        shape = max(1, room), self.count, 1 + self.size
         super().__init__(cache, rows, [math.prod(shape)], rows * room, device)
         self.room, self.keep = room, 0
         self.body = self.head = Tiles(self.tables[0].fill_(-1).view(shape), self.weights.view(rows, room))
@@ -100,7 +101,7 @@ class StaticRows(Static):
         numbers += [position for _, position, _, _ in rows] + [0] * padding
         numbers += [slot for slot, *_ in rows] + [self.spare] * padding
         places = [[place for place, _ in uses] for *_, uses in rows] + [[]] * padding
-        numbers += served.tile_rows(places, max(1, self.room), self.size)
+        numbers += served.tile_rows(places, max(1, self.room), self.size, self.count)
         weights = [_padded(uses, self.room) for *_, uses in rows] + [[0.0] * self.room] * padding
         self._send(torch.tensor(numbers), torch.tensor(weights).flatten())
 
@@ -120,7 +121,7 @@ class StaticPieces(Static):
     def __init__(self, cache: SlotCache, rows: int, room: int, most: int, device: torch.device) -> None:
         ends = min(rows, most)
         attention = served_prompts.most_tiles(rows, most, served_prompts.QUERIES), 4
-        body = max(1, room), served_prompts.most_tiles(rows, most, served_prompts.ROWS), 1 + served_prompts.ROWS
+        body = max(1, room), served_prompts.most_tiles(rows, most + 1, served_prompts.ROWS), 1 + served_prompts.ROWS
         head = room, ends, 1 + served.ROWS
         sizes = [ends, *(math.prod(shape) for shape in (attention, body, head))]
         super().__init__(cache, rows, sizes, (rows + ends) * room, device)
@@ -143,6 +144,9 @@ class StaticPieces(Static):
             (stop - count, stop, [place for place, _ in uses])
             for stop, count, (*_, uses) in zip(stops.tolist(), counts.tolist(), pieces)
         ]
+        runs.append(
+            (int(stops[-1]), len(ids), [])
+        )  # padding's: a base with one scale for all rows sees what is in them
         head = served.tile_rows([[place for place, _ in uses] for _, uses in ends] + [[]] * spare, self.room)
         numbers = [
             torch.tensor(ids),
