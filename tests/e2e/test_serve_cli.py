@@ -73,6 +73,10 @@ def test_a_client_that_comes_at_once_waits(model_dir):
             assert line, said
             said += line
         socket.create_connection(("127.0.0.1", int(found[1])), timeout=20).close()
+        while process.poll() is None:  # before the server has handlers of its own, and while Python ends
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.02)
+        assert process.returncode == 0
     finally:
         process.kill()
         process.wait()

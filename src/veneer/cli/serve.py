@@ -138,6 +138,7 @@ def _build(
 
 
 def _leave(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # Python's end gives signals back to the system: another one would kill it
     raise typer.Exit(0)
 
 
