@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import gc
 import json
 
 import pytest
@@ -24,8 +25,14 @@ CORPUS = [
 ]
 
 
+def pytest_collection_finish():
+    """What the imports made lives to the end: no collection of garbage needs to look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
-def two_threads():
+def one_thread():
     """The same sums in the same order, whatever ran before."""
     torch.set_num_threads(1)
 
@@ -128,3 +135,11 @@ def own_cache(tmp_path, monkeypatch, request):
     """Each test has its own cache, but for those that use the real default model."""
     if "model" not in request.keywords:
         monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def no_model_cards(monkeypatch):
+    """PEFT writes no README.md beside an adapter, which takes most of the time of saving a small one."""
+    from peft import PeftModel
+
+    monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda model, folder: None)

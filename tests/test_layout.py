@@ -66,19 +66,21 @@ def test_no_file_is_long():
     assert {path.name: count for path in FILES if (count := len(path.read_text().splitlines())) > 450} == {}
 
 
-def test_every_module_imports_alone():
+def test_every_module_imports_alone(tmp_path):
     """Each in a process of its own that has loaded nothing of Veneer before."""
     names = [m.name for m in pkgutil.walk_packages([str(ROOT)], "veneer.") if not m.name.endswith("__main__")]
     if find_spec("triton") is None:
         names = [name for name in names if not name.endswith("_triton")]
     code = (
-        "import importlib, os, sys\n"
-        "for name in sys.argv[1:]:\n"
+        "import gc, importlib, os, sys\n"
+        "for name in sys.argv[2:]:\n"
         "    importlib.import_module(name)\n"
         "for name in [name for name in sys.modules if name.partition('.')[0] == 'veneer']:\n"
         "    del sys.modules[name]\n"  # what they need from elsewhere stays loaded
+        "sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False\n"  # each is compiled once
+        "gc.freeze()\n"  # or each child would copy what is loaded
         "failed = []\n"
-        "for name in sys.argv[1:]:\n"
+        "for name in sys.argv[2:]:\n"
         "    child = os.fork()\n"
         "    if not child:\n"
         "        try:\n"
@@ -91,7 +93,7 @@ def test_every_module_imports_alone():
         "        failed.append(name)\n"
         "sys.exit(bool(failed))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(names) > 40
 

@@ -13,6 +13,7 @@ from conformance.features import FEATURES, run
 from conformance.models import ARCHITECTURES
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("no_model_cards")
 
 CELLS = [
     (architecture, feature)

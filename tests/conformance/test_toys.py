@@ -9,6 +9,7 @@ from conformance.features import FEATURES, run
 from conformance.toys import TOYS
 
 pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("no_model_cards")
 
 COLUMNS = [
     f

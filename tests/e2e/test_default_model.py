@@ -51,7 +51,7 @@ def test_a_run_teaches_it_and_peft_gives_the_same_logits(base, tmp_path):
             "data": "bundled",
             "out": str(tmp_path / "run"),
             "device": "cpu",
-            "train": {"lr": 1e-3, "max_steps": 4, "batch_size": 4, "warmup": 0},
+            "train": {"lr": 1e-3, "max_steps": 4, "batch_size": 2, "warmup": 0},
         },
         observe=seen.append,
     )
@@ -73,7 +73,7 @@ def test_it_answers_in_nf4_and_learns_there(tmp_path):
     (answer,) = veneer.generate(model, tokenizer, [question], max_new_tokens=20)
     assert "Paris" in answer.text
     seen = []
-    options = {"lr": 1e-3, "max_steps": 4, "batch_size": 4, "warmup": 0}
+    options = {"lr": 1e-3, "max_steps": 4, "batch_size": 2, "warmup": 0}
     config = {"model": "smollm2-135m-instruct", "data": "bundled", "device": "cpu", "quant": "nf4", "train": options}
     veneer.train(config | {"out": str(tmp_path / "run")}, observe=seen.append)
     losses = [r["loss"] for r in seen if r["type"] == "train"]

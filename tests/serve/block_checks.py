@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from veneer.kernels import served, served_attention, served_block
@@ -11,6 +13,28 @@ from veneer.kernels.served_block_check import Trial, table_of
 def bounds(*ends):
     """`range` for kernels in the interpreter, whose own numbers are arrays of one element: no index for NumPy 2.4."""
     return range(*(end.handle.data.item() if hasattr(end, "handle") else int(end) for end in ends))
+
+
+def patch_language_once() -> None:
+    """Triton's interpreter puts its own functions into its language at each call of a jitted function within another,
+    which takes a third of the time: here only where they are not there yet."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    patch = interpreter._patch_lang
+
+    def once(fn):
+        parts = [part for part in fn.__globals__.values() if part is language or part is language.core]
+        there = parts and not any(language.core.is_builtin(part.load) for part in parts)
+        return interpreter._LangPatchScope() if there else patch(fn)
+
+    interpreter._patch_lang = once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_language_once()
 
 
 def check_block(tolerance, *args, **options):

@@ -109,3 +109,11 @@ def test_a_slow_disk_does_not_hold_it_up(serve):
         since = time.monotonic()
         process.send_signal(signal.SIGTERM)
         check_ended(process, since, 15)
+
+
+def test_signals_that_come_early_or_while_python_ends_do_not_kill_it(serve):
+    process, _, _ = serve(1)  # its address is told before the server has handlers of its own
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    assert process.returncode == 0 and "Traceback" not in process.stderr.read()

@@ -1,10 +1,7 @@
 """Training: what must be equal is equal, resume is exact, and trouble stops the run with what is needed to go on."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import children
 import veneer
 from conftest import tiny_llama
 from veneer.config import AdapterConfig, TrainConfig
@@ -190,22 +188,10 @@ def test_dropout_run_resumes_bit_for_bit_in_process(model_dir, chat_file, tmp_pa
     assert records == list(range(1, 7))
 
 
-CHILD = """
-import sys, torch, veneer
-from veneer.config import AdapterConfig, TrainConfig
-torch.set_num_threads(1)
-c = TrainConfig.load(sys.argv[1])
-veneer.train(c, resume=sys.argv[2] == "resume", observe=lambda r: print(r["type"], r.get("step"), flush=True))
-"""
-
-
-def child(yaml, how):
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(yaml), how],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
+def kill(process):
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -218,20 +204,17 @@ def test_killed_at_random_points_and_resumed_ends_in_the_same_bytes(seed, model_
     rng = np.random.default_rng(seed)
     how, kills = "start", 0
     for after in (3, 9, 15):  # steps after which to kill, then a random moment: in a step or in a checkpoint's write
-        process = child(yaml, how)
-        for line in process.stdout:
-            if line.startswith("train") and int(line.split()[1]) >= after:
-                break
+        process, said = children.start(children.training, yaml, how)
+        next(step for kind, step in said if kind == "train" and step >= after)
         time.sleep(float(rng.uniform(0, 0.05)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += process.returncode == -signal.SIGKILL
+        kills += kill(process)
         how = "resume"
     assert kills == 3
     assert not (killed / "adapter").exists()
-    process = child(yaml, "resume")
-    assert "end 24" in process.communicate()[0].replace("None", "24")
-    assert process.returncode == 0
+    process, said = children.start(children.training, yaml, "resume")
+    assert list(said)[-1] == ("end", 24)
+    process.join()
+    assert process.exitcode == 0
     assert final(plain) == final(killed)
     assert not list(killed.rglob(".*.tmp"))
 
@@ -412,13 +395,9 @@ def test_adalora_killed_and_resumed_ends_in_the_same_bytes(model_dir, chat_file,
     yaml = tmp_path / "run.yaml"
     yaml.write_text(variant("adalora", model_dir, chat_file, killed, **options).to_yaml())
     for how, after in (("start", 7), ("resume", 13)):  # while the ranks fall, and after
-        process = child(yaml, how)
-        for line in process.stdout:
-            if line.startswith("train") and int(line.split()[1]) >= after:
-                break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL
+        process, said = children.start(children.training, yaml, how)
+        next(step for kind, step in said if kind == "train" and step >= after)
+        assert kill(process)
     veneer.train(variant("adalora", model_dir, chat_file, killed, **options), resume=True)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (plain / "adapter" / file).read_bytes() == (killed / "adapter" / file).read_bytes()

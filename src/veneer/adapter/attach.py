@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -35,6 +36,9 @@ from veneer.config import AdapterConfig
 from veneer.errors import AdapterStateError, ConfigError
 
 BANK = "veneer_bank"
+Places = defaultdict[int, dict[tuple[int, str], nn.Module]]
+"""By id of a module, the places that hold it: the parent, by its id and the name there. One walk of a large model's tree
+for each of its layers would take seconds."""
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -142,8 +146,9 @@ def install(plan: Plan, starts: list[Start], name: str) -> Bank:
     bank = model.__dict__.get(BANK) or _new_bank(model)
     if bank.merged is not None:
         raise AdapterStateError("adapters are merged into the base: unmerge() first")
+    places = _places(model)
     for target, begin in zip(plan.targets, starts, strict=True):
-        layer = bank.layers.get(target.name) or _wrap(bank, target)
+        layer = bank.layers.get(target.name) or _wrap(bank, target, places)
         where, computes_in = layer.place()
         dtype = computes_in if config.dtype == "base" else torch.float32
         # Contiguous, as a resumed run's are: another order in memory would round its products otherwise.
@@ -256,26 +261,38 @@ def _spots(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return [(parent, leaf, child) for parent in model.modules() for leaf, child in list(parent._modules.items())]
 
 
-def _wrap(bank: Bank, target: Target) -> AdaptedModule:
+def _places(model: nn.Module) -> Places:
+    """`_spots` by what they hold."""
+    found: Places = defaultdict(dict)
+    for parent, leaf, child in _spots(model):
+        found[id(child)][id(parent), leaf] = parent
+    return found
+
+
+def _wrap(bank: Bank, target: Target, places: Places) -> AdaptedModule:
     if target.kind != "parameter":
-        layer = _replace(bank, target.module, KINDS[target.kind].from_base(target.module, bank.routing))
+        layer = _replace(bank, target.module, KINDS[target.kind].from_base(target.module, bank.routing), places)
     else:
         here = [w for w in bank.wrappers if isinstance(w, AdaptedParameters) and w.base_layer is target.module]
         make = container_for(target.module)
-        container = here[0] if here else _replace(bank, target.module, make(target.module, bank.routing))
+        container = here[0] if here else _replace(bank, target.module, make(target.module, bank.routing), places)
         layer = container.part(target.parameter)
     bank.layers[target.name] = layer
     return layer
 
 
-def _replace(bank: Bank, module: nn.Module, layer: AdaptedModule) -> AdaptedModule:
-    """Put a layer everywhere that a module of the base stands."""
+def _replace(bank: Bank, module: nn.Module, layer: AdaptedModule, places: Places | None = None) -> AdaptedModule:
+    """Put a layer everywhere that a module of the base stands; `places` are the tree's, and then the new tree's."""
     layer.train(module.training)
-    for parent, leaf, child in _spots(bank.model):
-        if child is module and parent is not layer:
+    places = _places(bank.model) if places is None else places
+    for (_, leaf), parent in list(places[id(module)].items()):
+        if parent is not layer and parent._modules.get(leaf) is module:
             setattr(parent, leaf, layer)
             if isinstance(parent, nn.TransformerEncoderLayer):
                 _slow_path(bank, parent)
+            places[id(layer)][id(parent), leaf] = parent
+    for child, held in _places(layer).items():
+        places[child].update(held)
     bank.wrappers.append(layer)
     return layer
 

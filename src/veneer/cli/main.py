@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import cache
 from typing import Annotated
 
 import typer
@@ -82,12 +83,18 @@ def root(
     pass
 
 
+@cache
+def parser():
+    """The commands with all their options, read from the signatures once in a process: that takes 0.1 s."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A user's mistake is one line and exit code 2; Ctrl-C is 130."""
     for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, whose wheels warn of each other
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = parser()(args=arguments, standalone_mode=False)
     except VeneerError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         code = 2
