@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import threading
 import time
 import weakref
 
@@ -13,6 +14,7 @@ import torch
 from serve.served import Alone, GraphEngine, ask, engine_of, read, write
 
 from conftest import CORPUS, tiny_llama
+from veneer.errors import ConfigError
 from veneer.serve import AdapterExists, Engine, Overloaded, PromptTooLong, Request, Sampling, ServeError, UnknownAdapter
 
 KINDS = pytest.mark.parametrize("kind", [Engine, GraphEngine])
@@ -181,8 +183,9 @@ def test_requests_that_cannot_be_served_are_refused(started):
         (Request([1] * 120, Sampling(9)), PromptTooLong),
         (Request([1], Sampling(0)), PromptTooLong),
         (Request([99999], Sampling(4)), PromptTooLong),
-        (Request([1], Sampling(4), (("a", float("nan")),)), PromptTooLong),
-        (Request([1], Sampling(4), (("a", 1.0),) * 9), PromptTooLong),
+        (Request([1], Sampling(4), (("a", float("nan")),)), ConfigError),
+        (Request([1], Sampling(4), (("a", 1.0),) * 9), ConfigError),
+        (Request([1], Sampling(4), tuple((name, 1.0) for name in "abcd")), ConfigError),  # three fit on the device
         (Request([1], Sampling(4), (("nobody", 1.0),)), UnknownAdapter),
     ]:
         with pytest.raises(error):
@@ -244,6 +247,26 @@ def test_a_pinned_adapter_stays_on_the_device(started):
         read(ask(engine, "Hello", 2, [(name, 1.0)]))
     assert registry.info("a").tier == "device" and registry.info("b").tier == "device"
     assert registry.info("c").tier == "host"
+
+
+def test_an_adapter_gets_its_place_although_another_is_always_in_use(started, monkeypatch):
+    monkeypatch.setattr("veneer.serve.engine.PATIENCE", 0.05)
+    engine, _ = started(adapters=["a", "b"], slots=2, registry={"device_slots": 1})
+
+    def use():
+        return ask(engine, "Hello", 60, [("a", 1.0)], ignore_eos=True)
+
+    running = [use(), use()]
+    read(ask(engine, "Hello", 1))  # by now one of them is at work
+    answered, other = 0, ask(engine, "Hello", 2, [("b", 1.0)])
+    threading.Thread(target=lambda: read(other), daemon=True).start()
+    while not other._finished and answered < 30:
+        running.append(use())
+        read(running.pop(0))  # the other one is at work still
+        answered += 1
+    for ticket in running:
+        ticket.cancel()
+    assert answered < 30
 
 
 @KINDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import threading
 import time
 
 import pytest
@@ -355,3 +356,76 @@ def test_a_model_with_adapters_is_refused(inside):
     veneer.load_adapter(model, inside / "a")
     with pytest.raises(ServeError, match="bare base"):
         Registry(model, allowed=[inside])
+
+
+def test_a_pin_is_a_names_own(registry, inside):
+    """It goes with its name, or when the name is loaded without it, whoever shares the content."""
+    registry.load("one", "a")
+    registry.load("two", "a", pinned=True)
+    (content,) = registry._contents
+    assert content.pinned and not registry.info("one").pinned and registry.info("two").pinned
+    registry.load("two", "a", replace=True)
+    assert not content.pinned and not registry.info("two").pinned
+    registry.load("two", "a", replace=True, pinned=True)
+    registry.unload("two")
+    assert not content.pinned and not registry.info("one").pinned
+
+
+@pytest.fixture
+def on_disk(inside):
+    """A registry with `other` in host memory, and `a` and `b`, of the same content, on disk: (registry, content)."""
+    write(inside / "other", 2)
+    write(inside / "b", 1)
+    registry = Registry(tiny_llama(), allowed=[inside], host_slots=1)
+    for name in ("a", "b", "other"):
+        registry.load(name, name)
+    assert registry.info("a").tier == "disk"
+    yield registry, registry._names["a"]
+    registry.close()
+
+
+def wait_for(content):
+    """Until a content has been read, or not."""
+    loading = content.loading
+    if loading is not None:
+        loading.exception(20)
+
+
+def test_a_failure_that_nobody_waited_for_is_forgotten(on_disk, monkeypatch):
+    registry, content = on_disk
+    gone = threading.Event()
+
+    def fail(*given):
+        gone.wait(20)
+        raise AdapterRefused("the disk was away")
+
+    with monkeypatch.context() as away:
+        away.setattr("veneer.serve.registry.check_files", fail)
+        registry.release(registry.acquire(["a"]))  # its client leaves while it is read
+        gone.set()
+        wait_for(content)
+    held = registry.acquire(["a"])
+    wait_for(content)
+    assert registry.failure(content) is None and registry.ready(content)
+    registry.release(held)
+
+
+def test_a_failure_is_over_when_the_adapter_is_loaded_again(on_disk, inside):
+    registry, content = on_disk
+    for name in ("a", "b"):
+        (inside / name).rename(inside / f"{name}-away")
+    held = registry.acquire(["a"])
+    wait_for(content)
+    assert registry.failure(content)
+    registry.load("a", "a-away", replace=True)
+    assert registry.failure(content) is None and registry.ready(content)
+    registry.release(held)
+
+
+def test_files_of_another_name_that_changed_are_no_failure(on_disk, inside):
+    registry, content = on_disk
+    write(inside / "b", 3)  # the last of the two that was loaded
+    held = registry.acquire(["a"])
+    wait_for(content)
+    assert registry.failure(content) is None and registry.ready(content)
+    registry.release(held)

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veneer.serve.request import Sampling
+from conftest import CORPUS
+from veneer.serve.answers import Logprobs
+from veneer.serve.request import Sampling, TokenLogprob
 from veneer.serve.sampling import choose, generator, logprobs
 from veneer.serve.slots import common_start
 from veneer.serve.text import StopFilter, TextStream
@@ -58,7 +60,16 @@ def test_draws_invert_the_cut_distribution():
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)) * 2
     count = 4000
     draws = [(n + 0.5) / count for n in range(count)]
-    for top_p, top_k, heat in ((1.0, 0, 0.7), (0.8, 0, 1.0), (0.99, 0, 30.0), (1.0, 5, 2.0), (0.6, 9, 1.0)):
+    rules = (
+        (1.0, 0, 0.7),
+        (0.8, 0, 1.0),
+        (0.99, 0, 30.0),
+        (1.0, 5, 2.0),
+        (0.6, 9, 1.0),
+        (0.5, 290, 30.0),
+        (1.0, 290, 30.0),
+    )
+    for top_p, top_k, heat in rules:
         p = (logits[0].double() / heat).softmax(-1)
         best, index = p.sort(descending=True)
         kept = torch.arange(300) < (top_k or 300)
@@ -96,3 +107,25 @@ def test_the_coldest_temperatures_are_greedy_and_negative_seeds_their_own():
         rules = [Sampling(1, temperature, top_k=k, top_p=p) for k, p in ((0, 1.0), (5, 1.0), (0, 0.9))]
         assert choose(logits, rules, [0.1, 0.5, 0.99]).tolist() == logits.argmax(-1).tolist()
     assert len({generator(seed).random() for seed in (-2, -1, 0, 1, 2, -(2**70), 2**70)}) == 7
+
+
+def sentencepiece():
+    """A tokenizer as Llama 2's: spaces are part of tokens, and the first of a text loses its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def test_tokens_of_logprobs_keep_their_spaces():
+    tokenizer, text = sentencepiece(), "hello there, how are you"
+    found = [TokenLogprob(token, -1.0) for token in tokenizer(text)["input_ids"]]
+    shown = Logprobs(tokenizer).text(found)
+    assert "".join(shown["tokens"]).strip() == text and len(shown["tokens"]) > 3

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -117,6 +118,43 @@ def test_stop_and_failure(serve, visit):
         page.fill("#prompt", "again")
         page.click("#send")
         expect(column(page, 0).locator(".turn.error")).to_contain_text("it broke")
+
+
+def test_a_double_click_sends_once_and_stops_nothing(serve, visit):
+    with serve(delay=0.02) as served, visit(served.url) as page:
+        page.fill("#prompt", "hello")
+        page.dblclick("#send")
+        expect(column(page, 0).locator(".assistant")).to_have_text(re.compile("base heard .*: None"))
+        expect(page.locator(".user")).to_have_count(2)  # one for each column
+        assert served.engine.finished == {"stop": 2}
+
+
+def test_what_was_said_before_a_failure_stays(serve, visit):
+    with serve(delay=0.05) as served, visit(served.url) as page:
+        served.engine.words = 60
+        page.fill("#prompt", "go on")
+        page.click("#send")
+        expect(column(page, 0).locator(".assistant")).to_contain_text("more")
+        served.engine.broken = True
+        expect(column(page, 0).locator(".turn.error")).to_contain_text("it broke")
+        expect(column(page, 0).locator(".assistant").first).to_contain_text("base heard")
+        served.engine.broken, served.engine.words = False, 0
+        page.fill("#prompt", "again")
+        page.click("#send")
+        expect(column(page, 0).locator(".assistant").last).to_have_text(re.compile("base heard .*: None"))
+        first, *_, last = (ticket.request.prompt for ticket in served.engine.tickets)
+        assert len(last) > 2 * len(first)  # what it had said went along
+
+
+def test_a_message_that_was_stopped_before_its_answer_comes_back(serve, visit):
+    with serve(delay=0.05) as served, visit(served.url) as page:
+        served.engine.submit, submit = (lambda request: time.sleep(1.5) or submit(request)), served.engine.submit
+        page.fill("#prompt", "a long message")
+        page.click("#send")
+        page.wait_for_timeout(600)
+        page.click("#stop")
+        expect(page.locator("#prompt")).to_have_value("a long message")
+        expect(page.locator(".turn")).to_have_count(0)
 
 
 def test_with_a_key(serve, visit):

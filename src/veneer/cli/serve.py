@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import signal
@@ -89,6 +88,7 @@ def command(
         sizes = {"slots": slots, "context": context, "queue": queue}
         tiers = {"max_rank": max_rank, "device_slots": device_adapters, "host_slots": host_adapters}
         from veneer.serve.guard import hosts_for
+        from veneer.serve.server import run
 
         hosts = hosts_for(host, allow_host or ())
         running, app = _build(base, served, named, allowed, options, sizes, tiers, api_key, hosts)
@@ -98,7 +98,7 @@ def command(
         err.print(f"{served} and {len(named)} adapters at http://{shown}:{number} (Ctrl-C stops)", markup=False)
         if hosts_for(host) is None and not api_key:
             err.print("warning: others can reach this server and there is no --api-key", style="yellow")
-        _run(app, running, bound, drain)
+        run(app, running, bound, drain)
 
 
 def _build(
@@ -137,30 +137,8 @@ def _build(
     return engine, app
 
 
-KEEP_ALIVE = 75
-"""Seconds after which a connection without requests is closed. Clients keep theirs for 5 (httpx, so the openai client) to
-60: who closes first must be the client, or its next request meets a closing connection and is lost."""
-
-
-def _run(app: Any, engine: Any, bound: socket.socket, drain: int) -> None:
-    """Serve until a signal; then finish what runs for up to `drain` seconds. A second signal stops at once."""
-    import uvicorn
-
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that leaves in mid-answer
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=drain,
-        timeout_keep_alive=KEEP_ALIVE,
-    )  # fmt: skip
-    engine.start()
-    try:
-        uvicorn.Server(config).run(sockets=[bound])
-    except KeyboardInterrupt:  # the server has finished, and hands the signal on
-        pass
-    finally:
-        engine.shutdown(0)
-
-
 def _leave(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # Python's end gives signals back to the system: another one would kill it
     raise typer.Exit(0)
 
 

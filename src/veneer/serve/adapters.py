@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from veneer.serve.schema import LoadRequest, UnloadRequest
 
 USER = "InvalidUserInput"
 MAX_OFFERED = 500
+READING = 4
+"""Adapters that are read at once: threads are shared with those who tokenise prompts, and each takes its memory."""
 
 
 class Loaded(BaseModel):
@@ -48,6 +51,7 @@ class AdapterList(BaseModel):
 def add_adapter_routes(app: FastAPI, registry: Any, *, base: str, allowed: list[Path]) -> None:
     """/v1/load_lora_adapter, /v1/unload_lora_adapter and /v1/adapters."""
     text = {"response_class": PlainTextResponse, "responses": TEXT_STATUSES}
+    reading = Semaphore(READING)
 
     @app.post("/v1/load_lora_adapter", **text)
     async def load_lora_adapter(body: LoadRequest) -> str:
@@ -57,9 +61,9 @@ def add_adapter_routes(app: FastAPI, registry: Any, *, base: str, allowed: list[
         if name in (base, "base"):
             raise ApiError(400, f"'{name}' is the base model's name.", USER, param="lora_name")
         try:
-            await run_in_threadpool(
-                registry.load, check_name(name), body.lora_path, pinned=body.pinned, replace=body.load_inplace
-            )
+            options = {"pinned": body.pinned, "replace": body.load_inplace}
+            async with reading:
+                await run_in_threadpool(registry.load, check_name(name), body.lora_path, **options)
         except AdapterExists:
             said = (
                 f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "

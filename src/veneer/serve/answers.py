@@ -67,7 +67,7 @@ class Running:
                 self.last[index] = piece
                 left -= piece.finish_reason is not None
                 if piece.finish_reason == "error":
-                    raise ApiError(500, f"the engine failed: {piece.error}", "server_error")
+                    raise ApiError(500, f"{piece.error}", "server_error")
                 if piece.finish_reason == "cancelled" and self.left:
                     raise ApiError(499, "the client has gone")  # which nobody reads, but the metrics count
                 if piece.finish_reason == "cancelled":
@@ -165,9 +165,15 @@ class Logprobs:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.before = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self.known = self._decode(self.before)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """As it reads within a text: SentencePiece's tokenizers drop the space that a first token begins with."""
+        return self._decode([*self.before, token])[len(self.known) :]
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from veneer.base.generate import end_tokens
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 from veneer.serve.errors import Overloaded, PromptTooLong, ServeError
 from veneer.serve.metrics import Metrics
 from veneer.serve.registry import Registry
@@ -32,6 +32,8 @@ CHUNK = {"cpu": 64, "cuda": 1024}
 """Tokens of prompts in one pass while answers are being written; they wait for it."""
 LEAST = {"cpu": 16, "cuda": 256}
 """Tokens of a prompt in one pass, unless it ends: fewer prompts at a time are ready sooner than all of them together."""
+PATIENCE = 1.0
+"""Seconds for which later requests may overtake one whose adapters find no place on the device."""
 
 NOT_FINITE = "the model gave no finite numbers: an adapter is damaged, or too strong for the model's dtype"
 
@@ -86,7 +88,8 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request) -> Ticket:
-        """Accept a request. Raises `Overloaded`, `UnknownAdapter`, `PromptTooLong`, `ServeError` (not running)."""
+        """Accept a request. Raises `Overloaded`, `UnknownAdapter`, `PromptTooLong`, `ServeError` (not running),
+        `ConfigError` (a stack that is too large, or a weight that is no number)."""
         self._check(request)
         with self._arrived:
             if self._thread is None or self._stop_at is not None:
@@ -101,11 +104,15 @@ class Engine:
             self._arrived.notify()
         return ticket
 
-    def shutdown(self, drain_seconds: float = 30.0) -> None:
-        """Take no more requests, finish those accepted for up to `drain_seconds`, cancel the rest, stop the thread."""
+    def drain(self, seconds: float) -> None:
+        """Take no more requests, finish those accepted for up to `seconds` and cancel the rest; does not wait for it."""
         with self._arrived:
-            self._stop_at = monotonic() + drain_seconds
+            self._stop_at = monotonic() + seconds
             self._arrived.notify()
+
+    def shutdown(self, drain_seconds: float = 30.0) -> None:
+        """As `drain`, and wait for it; then stop the thread and give the model back as it was."""
+        self.drain(drain_seconds)
         if self._thread is not None:
             self._thread.join()
         self.runner.close()
@@ -150,11 +157,11 @@ class Engine:
         if not all(0 <= token < self.vocabulary for token in prompt):
             raise PromptTooLong(f"the prompt holds token ids outside the vocabulary of {self.vocabulary}")
         if len(request.adapters) > MOST_ADAPTERS:
-            raise PromptTooLong(f"a request stacks at most {MOST_ADAPTERS} adapters")
+            raise ConfigError(f"a request stacks at most {MOST_ADAPTERS} adapters")
         if len({name for name, _ in request.adapters}) > self.runner.pool.size:
-            raise PromptTooLong(f"{self.runner.pool.size} adapters fit on the device, and the request stacks more")
+            raise ConfigError(f"{self.runner.pool.size} adapters fit on the device, and the request stacks more")
         if not all(math.isfinite(weight) for _, weight in request.adapters):
-            raise PromptTooLong("an adapter's weight is not a finite number")
+            raise ConfigError("an adapter's weight is not a finite number")
 
     def _running(self, ticket: Ticket, contents: list) -> Running:
         request = ticket.request
@@ -225,7 +232,10 @@ class Engine:
                 self._finish(running, "", "cancelled")
 
     def _admit(self) -> None:
-        """Give free slots to requests whose adapters are at hand, in the order they came."""
+        """Give free slots to requests whose adapters are at hand, in the order they came.
+
+        One that has found no place for its adapters for long stops those behind it, or the places would never be left.
+        """
         for running in list(self._waiting):
             if not self.slots.free:
                 return
@@ -234,6 +244,8 @@ class Engine:
             elif all([self.registry.ready(c) for c in running.contents]):
                 with self._blaming([running]):
                     self._place(running)
+                if running.crowded_out is not None and monotonic() - running.crowded_out > PATIENCE:
+                    return
 
     def _place(self, running: Running) -> None:
         slot, donor, length = self.slots.choose(running)
@@ -241,11 +253,13 @@ class Engine:
             place = self.runner.pool.acquire(content, slot)
             if place is None:  # all in use: another round
                 self._release_places(running)
+                running.crowded_out = running.crowded_out or monotonic()
                 return
             running.places.append(place)
         if length and donor != slot:
             self.runner.cache.copy(donor, slot, length)
         self.slots.take(running, slot, length)
+        running.crowded_out = None
         self.metrics.prompt += running.prompt
         self.metrics.cached += running.cached
         self._waiting.remove(running)

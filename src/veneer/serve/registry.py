@@ -14,6 +14,8 @@ from threading import RLock
 from time import monotonic
 from typing import Any
 
+from torch import Tensor
+
 from veneer.adapter.attach import BANK
 from veneer.adapter.frozen import place_of, shape_of
 from veneer.base.fingerprint import fingerprint
@@ -22,6 +24,7 @@ from veneer.formats.peft import CONFIG, check_base
 from veneer.serve.content import Content, check_files, read_again, read_content
 from veneer.serve.errors import AdapterExists, AdapterRefused, ServeError, UnknownAdapter
 from veneer.serve.names import NAME
+from veneer.serve.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Registry:
         self._base = fingerprint(model)
         self._names: dict[str, Content] = {}
         self._paths: dict[str, Path] = {}
+        self._pins: set[str] = set()
         self._contents: set[Content] = set()
         self._lock = RLock()
         self._reader = ThreadPoolExecutor(1, "veneer-adapters")
@@ -93,10 +97,11 @@ class Registry:
             same = next((c for c in self._contents if c.named and c.hash == content.hash), content)
             same.host, same.stored = same.host if same.host is not None else content.host, content.stored
             content = same
-            content.path, content.pinned = where, content.pinned or pinned
-            content.used = monotonic()
+            content.path, content.used = where, monotonic()
             self._contents.add(content)
             self._names[name], self._paths[name] = content, where
+            self._pins = self._pins | {name} if pinned else self._pins - {name}
+            content.pinned = self._pinned(content)
             if old is not None and old is not content:
                 self._forget(old)
             self._trim()
@@ -107,6 +112,7 @@ class Registry:
         with self._lock:
             self._get(name)
             self._paths.pop(name)
+            self._pins.discard(name)
             self._forget(self._names.pop(name))
 
     def names(self) -> list[str]:
@@ -135,6 +141,7 @@ class Registry:
         with self._lock:
             found = [self._get(name) for name in names]
             for content in found:
+                self._drop_unused(content)  # a reading that failed when nobody waited for it any more
                 content.users += 1
                 content.used = monotonic()
                 self._ensure(content)
@@ -163,7 +170,8 @@ class Registry:
     def failure(self, content: Content) -> str | None:
         """Why a content could not be read again, if it could not."""
         loading = content.loading  # once: the reading thread sets it to None
-        error = loading.exception() if loading is not None and loading.done() else None
+        failed = loading is not None and loading.done() and content.tier == "disk"  # it may have been loaded again
+        error = loading.exception() if failed else None
         return None if error is None else str(error) if isinstance(error, VeneerError) else "its files cannot be read"
 
     def dead(self) -> list[Content]:
@@ -190,7 +198,15 @@ class Registry:
 
     def _info(self, name: str) -> AdapterInfo:
         c = self._get(name)
-        return AdapterInfo(name, self._paths[name], c.hash, c.rank, len(c.shapes), c.bytes, c.pinned, c.tier)
+        pinned = name in self._pins
+        return AdapterInfo(name, self._paths[name], c.hash, c.rank, len(c.shapes), c.bytes, pinned, c.tier)
+
+    def _paths_of(self, content: Content) -> list[Path]:
+        """The directories of the names that point to a content."""
+        return [self._paths[name] for name, other in self._names.items() if other is content]
+
+    def _pinned(self, content: Content) -> bool:
+        return any(self._names.get(name) is content for name in self._pins)
 
     def _find(self, path: str | Path) -> Path:
         """The adapter directory a path means, inside an allowed folder: relative ones are looked for in each."""
@@ -212,24 +228,38 @@ class Registry:
         return read_content(where, self.targets, self.dtype, self.device.type == "cuda", self.max_rank)
 
     def _refill(self, content: Content) -> None:
-        """Read a content's factors from disk again; what is there must still be the same."""
-        try:
-            check_files(content.path, self.allowed, self.max_bytes)
-            host, stored = read_again(content, self.dtype), content.stored
-            if host is None:
-                again = read_content(content.path, self.targets, self.dtype, not content.turned, self.max_rank)
-                if again.hash != content.hash:
-                    raise AdapterRefused("the adapter's files have changed on disk since it was loaded: load it again")
-                host, stored = again.host, again.stored
-        except OSError as error:
-            raise AdapterRefused(f"the adapter's files cannot be read: {error.strerror}") from None
+        """Read a content's factors from disk again, where one of its names has files that are still the same."""
+        with self._lock:
+            paths = dict.fromkeys([content.path, *self._paths_of(content)])
+        for last, path in enumerate(paths, 1 - len(paths)):
+            try:
+                host, stored = self._read_again(content, path)
+                break
+            except VeneerError:
+                if not last:
+                    raise
         with self._lock:
             content.host, content.stored, content.loading = host, stored, None
+            content.path = path
+
+    def _read_again(self, content: Content, path: Path) -> tuple[Tensor, Stored | None]:
+        """A content's `host` and `stored` from a directory. Raises `AdapterRefused` for files that are not the same."""
+        try:
+            check_files(path, self.allowed, self.max_bytes)
+            host = read_again(content, self.dtype) if path == content.path else None
+            if host is not None:
+                return host, content.stored
+            again = read_content(path, self.targets, self.dtype, not content.turned, self.max_rank)
+        except OSError as error:
+            raise AdapterRefused(f"the adapter's files cannot be read: {error.strerror}") from None
+        if again.hash != content.hash:
+            raise AdapterRefused("the adapter's files have changed on disk since it was loaded: load it again")
+        return again.host, again.stored
 
     def _forget(self, content: Content) -> None:
-        """A name points here no more; if others do, their files are those that count."""
-        paths = [self._paths[name] for name, other in self._names.items() if other is content]
-        content.named = bool(paths)
+        """A name points here no more; if others do, their files and pins are those that count."""
+        paths = self._paths_of(content)
+        content.named, content.pinned = bool(paths), self._pinned(content)
         if paths and content.path not in paths:
             content.path, content.stored = paths[0], None
         self._drop_unused(content)

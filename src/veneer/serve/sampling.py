@@ -59,9 +59,8 @@ def _sample_cut(scores: Tensor, sampling: Sequence[Sampling], draw: Tensor) -> T
     for count in (min(CANDIDATES, scores.shape[1]), scores.shape[1]):
         best, index = scores.topk(count, -1)
         p = (best - norm).exp()
-        if count == scores.shape[1] or bool(
-            ((p.sum(-1, keepdim=True) >= top_p) & (top_p < 1) | (top_k <= count)).all()
-        ):
+        enough = (p.sum(-1, keepdim=True) >= top_p) & (top_p < 1) & (top_k >= scores.shape[1])
+        if count == scores.shape[1] or bool((enough | (top_k <= count)).all()):
             break
     p = p.where(torch.arange(count, device=p.device) < top_k, 0)
     total = p.sum(-1, keepdim=True).where(top_k < scores.shape[1], 1)  # top_p is a share of what top_k leaves

@@ -102,7 +102,7 @@ AdapterName = Annotated[str, WithJsonSchema({"type": "string", "pattern": f"^{NA
 
 
 class LoadRequest(Body):
-    """vLLM's body, and `pinned`: never moved out of the device to make room."""
+    """vLLM's body, and `pinned`: the last to be moved out of the device to make room."""
 
     lora_name: AdapterName
     lora_path: Annotated[

@@ -32,6 +32,8 @@ class Running:
     slot: int = -1
     places: list[int] = field(default_factory=list)
     last_token_at: float | None = None
+    crowded_out: float | None = None
+    """Since when it could have a slot, and finds no place on the device for its adapters."""
     pending: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     extra: int = 0

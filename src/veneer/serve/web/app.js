@@ -4,7 +4,8 @@
 
 const MOST_COLUMNS = 4;
 const $ = (id) => document.getElementById(id);
-const state = { base: "", loaded: [], columns: [], running: new Set() };
+const DOUBLE_CLICK = 500; // ms
+const state = { base: "", loaded: [], columns: [], running: new Set(), asked: 0 };
 
 $("key").value = sessionStorage.getItem("key") || "";
 
@@ -161,6 +162,7 @@ function forget(column) {
 
 async function ask(text) {
   const system = $("system").value.trim();
+  state.asked = performance.now();
   await Promise.all(state.columns.map((column) => answer(column, text, system)));
 }
 
@@ -195,14 +197,16 @@ async function answer(column, text, system) {
     column.history.push({ role: "user", content: text }, { role: "assistant", content: said });
   } catch (error) {
     if (!theirs.isConnected) return; // the column was cleared meanwhile
-    if (error.name === "AbortError" && said) {
-      column.history.push({ role: "user", content: text }, { role: "assistant", content: said });
+    const stopped = error.name === "AbortError";
+    if (said) column.history.push({ role: "user", content: text }, { role: "assistant", content: said });
+    if (stopped && said) {
       speed.textContent += " · stopped";
-    } else if (error.name === "AbortError") {
+    } else if (stopped) {
       mine.remove(), theirs.remove();
+      $("prompt").value ||= text;
     } else {
-      theirs.classList.add("error");
-      theirs.textContent = error.message;
+      if (!said) theirs.remove();
+      turn(talk, "assistant error", error.message);
     }
   } finally {
     state.running.delete(column);
@@ -271,7 +275,10 @@ $("settings").addEventListener("submit", (event) => event.preventDefault());
 $("key").addEventListener("change", () => { sessionStorage.setItem("key", $("key").value); refresh(); });
 $("add").addEventListener("click", () => addColumn(state.loaded.length ? [{ name: nextName(), weight: 1 }] : []));
 $("clear").addEventListener("click", () => state.columns.forEach((column) => { column.abort?.abort(); forget(column); }));
-$("stop").addEventListener("click", () => state.columns.forEach((column) => column.abort?.abort()));
+$("stop").addEventListener("click", () => {
+  if (performance.now() - state.asked < DOUBLE_CLICK) return; // it took the place of Send under a double click
+  state.columns.forEach((column) => column.abort?.abort());
+});
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = $("prompt").value.trim();
