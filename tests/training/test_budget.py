@@ -95,7 +95,7 @@ def test_other_errors_are_not_taken_for_it(model_dir, chat_file, tmp_path, monke
 
 
 def test_a_budget_chooses_and_is_written_down(model_dir, chat_file, tmp_path):
-    run = config(model_dir, chat_file, tmp_path / "run", vram="1.5GB")
+    run = config(model_dir, chat_file, tmp_path / "run", vram="1.5GB").model_copy(update={"device": "cpu"})
     result, notes = notes_of(run)
     assert any(note.startswith("chosen for 1.50 GB on the CPU") for note in notes)
     written = TrainConfig.load(tmp_path / "run" / "config.yaml").train

@@ -447,7 +447,7 @@ def test_adalora_ends_at_its_budget_and_says_what_it_dropped(model_dir, chat_fil
     assert any("kept no rank" in note for note in notes) == (len(ranks) < 14)
     model, _ = veneer.load_base(model_dir)
     veneer.load_adapter(model, tmp_path / "run" / "adapter")
-    ids = torch.arange(1, 9)[None]
+    ids = torch.arange(1, 9, device=model.device)[None]
     torch.testing.assert_close(model.eval()(ids).logits, trainer.model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
