@@ -144,9 +144,8 @@ class StaticPieces(Static):
             (stop - count, stop, [place for place, _ in uses])
             for stop, count, (*_, uses) in zip(stops.tolist(), counts.tolist(), pieces)
         ]
-        runs.append(
-            (int(stops[-1]), len(ids), [])
-        )  # padding's: a base with one scale for all rows sees what is in them
+        # Padding is a run too: a base with one scale for all rows sees what is in them.
+        runs.append((int(stops[-1]), len(ids), []))
         head = served.tile_rows([[place for place, _ in uses] for _, uses in ends] + [[]] * spare, self.room)
         numbers = [
             torch.tensor(ids),
