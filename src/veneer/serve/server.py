@@ -31,9 +31,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first begins the end, another one hurries it."""
-        self.hurried = self.should_exit
+        self.hurried, forced = self.should_exit, self.force_exit
         super().handle_exit(sig, frame)
-        self.force_exit = False  # which would cut answers off before they are told why
+        self.force_exit = forced  # a second Ctrl-C would set it, and cut answers off before they are told why
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends once all connections have, and soon after `drain` seconds or a second signal at the latest."""
