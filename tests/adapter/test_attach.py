@@ -229,8 +229,16 @@ def test_dropout_acts_in_training_only():
     randomise(bank)
     model.eval()
     assert torch.equal(model(x), model(x))
+    assert not any(module.training for module in model.modules())
+    veneer.attach(model, veneer.AdapterConfig(rank=4, dropout=0.5), name="late")
+    assert not any(module.training for module in model.modules())
+    bank.activate("default")
     model.train()
     assert not torch.equal(model(x), model(x))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert torch.equal(model(x), model(x))
 
 
 def test_seed_makes_the_factors(llama):

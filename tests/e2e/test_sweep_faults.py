@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import yaml
 from commands import assert_as_alone
 
+import veneer
 from veneer.cli.sweep import SweepDisplay
+from veneer.training.setup import open_base
 from veneer.training.sweep import Sweep, SweepOptions
 from veneer.training.trials import named_trials
 
@@ -106,6 +110,21 @@ def test_progress_counts_those_that_train(yaml_file):
         sweep = Sweep(values["out"], values, named_trials(settings), SweepOptions("halving", 2), observe=observe).run()
     assert max(most) == 2 and not display.running
     assert all(display.totals[t.name] == t.step for t in sweep.trials if t.status != "stopped")
+
+
+def test_no_base_stays_in_memory(yaml_file, monkeypatch):
+    opened = []
+
+    def remembered(*given):
+        model, tokenizer = open_base(*given)
+        opened.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr("veneer.training.sweep.open_base", remembered)
+    groups = {"adapters": [{"name": "a"}, {"name": "b", "dtype": "bfloat16"}]}
+    done = veneer.train_many(yaml_file(groups, max_steps=1))
+    gc.collect()
+    assert len(done.trials) == 2 and opened and not any(model() for model in opened)
 
 
 def test_fewer_combinations_than_asked_for_are_told(cli, yaml_file):

@@ -127,7 +127,7 @@ class Sweep:
         with claimed(self.out):
             tidy(self.out)
             self.write()
-            if len(self._groups(self.trials)) > 1:
+            if len(self._groups(self._left_to_train)) > 1:
                 self._check_groups()
             self._stages()
             self.write()
@@ -151,15 +151,15 @@ class Sweep:
 
     def _check_groups(self) -> None:
         """Find out before anything trains which base cannot be opened, which data cannot be read."""
-        for group in self._groups([trial for trial in self.trials if trial.status not in OVER]):
+        for group in self._groups(self._left_to_train):
             self._open(group, lambda text: None)
-        self._data.clear()
+            self._data.clear()
 
     def _stages(self) -> None:
         with Interrupt() as self.interrupt:
             stages = [*(rungs(len(self.trials)) if self.options.search == "halving" else []), 1.0]
             for number, share in enumerate(stages):
-                self._train([t for t in self.trials if t.status not in OVER and len(t.rungs) <= number], share)
+                self._train([trial for trial in self._left_to_train if len(trial.rungs) <= number], share)
                 if self.interrupt:
                     break
                 if share < 1 and number == self.cuts:
@@ -168,7 +168,11 @@ class Sweep:
     @property
     def interrupted(self) -> bool:
         """Whether trials are left to train."""
-        return any(trial.status not in OVER for trial in self.trials)
+        return bool(self._left_to_train)
+
+    @property
+    def _left_to_train(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.status not in OVER]
 
     @property
     def best(self) -> Trial | None:
@@ -214,10 +218,10 @@ class Sweep:
             self._pool(batch, model, tokenizer, share)
         if BANK in model.__dict__:
             detach(model)
+        self._data.clear()  # it holds the base
 
     def _open(self, group: list[Trial], note: Callable[[str], None]) -> tuple[torch.nn.Module, Any]:
         """The group's base, with all its data read and each adapter checked: nothing trains if one of them cannot."""
-        self._data.clear()  # it holds the base before
         model, tokenizer = open_base(self.configs[group[0].name], note)
         for trial in group:
             with _named(trial):

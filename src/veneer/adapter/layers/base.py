@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.adapter import math
@@ -136,7 +135,7 @@ class AdaptedModule(nn.Module):
         self.rank[name], self.alpha[name], self.options[name] = rank, alpha, options
         self.scaling[name] = math.scaling(rank, alpha, options.rslora)
         if options.dropout:
-            self.lora_dropout[name] = nn.Dropout(options.dropout)
+            self.lora_dropout[name] = nn.Dropout(options.dropout).train(self.training)
         if options.lora_bias:
             self.lora_bias[name] = nn.Parameter(lora_B.new_zeros(self.d_out))
         if options.dora:
@@ -210,11 +209,11 @@ class AdaptedModule(nn.Module):
             )
 
     def _drops(self, name: str) -> bool:
-        return self.training and name in self.lora_dropout and self.lora_dropout[name].p > 0
+        return name in self.lora_dropout and self.lora_dropout[name].training and self.lora_dropout[name].p > 0
 
     def _drop(self, name: str, x: Tensor) -> Tensor:
         """x with the adapter's dropout."""
-        return F.dropout(x, self.lora_dropout[name].p) if self._drops(name) else x
+        return self.lora_dropout[name](x) if self._drops(name) else x
 
     def delta(self, name: str) -> Tensor:
         """ΔW of one adapter in float32, in the shape of the frozen weight as `weight_of` gives it."""
