@@ -178,14 +178,20 @@ def test_a_fresh_dora_adapter_changes_nothing_and_its_magnitudes_are_the_norms()
     torch.testing.assert_close(m.data, model.m.weight.norm(dim=1))
 
 
-def test_doras_norms_follow_a_weight_that_is_trained():
+@pytest.mark.parametrize("change", ["trained", "replaced"])
+def test_doras_norms_follow_a_weight_that_changes(change):
     torch.manual_seed(0)
+    weight = torch.rand(5, 7)
     model, x = nn.Sequential(nn.Linear(7, 5)), torch.randn(3, 7)
+    model.load_state_dict({"0.weight": weight + 1}, strict=False, assign=True)
     bank = veneer.attach(model, veneer.AdapterConfig(rank=2, dora=True, target_modules=["0"]))
     bank.parameters("default")["0.lora_B"].data.normal_()
     model(x)
-    with torch.no_grad():
-        model[0].weight.mul_(torch.rand(5, 1) + 1)
+    if change == "trained":
+        with torch.no_grad():
+            model[0].weight.mul_(torch.rand(5, 1) + 1)
+    else:
+        model.load_state_dict({"0.base_layer.weight": weight}, strict=False, assign=True)
     torch.testing.assert_close(bank.layers["0"].merged({"default": 1.0})(x), model(x))
 
 

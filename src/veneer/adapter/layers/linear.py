@@ -190,9 +190,9 @@ class AdaptedLinear(AdaptedModule):
         with torch.no_grad():
             weight = weight_of(self.base_layer)
             if not torch.compiler.is_compiling():  # compiled code has frozen weights
-                version = None if weight.is_inference() else weight._version
-                if version != self.__dict__.get("_squares_of"):  # a weight that is trained, or loaded anew
-                    self.__dict__ |= {"_squares": None, "_squares_of": version}
+                mark = id(self.base_layer._parameters.get("weight")), None if weight.is_inference() else weight._version
+                if mark != self.__dict__.get("_squares_of"):  # a weight that is trained, or loaded anew
+                    self._squares, self._squares_of = None, mark
             if self.__dict__.get("_squares") is None or self._squares.device != weight.device:
                 self._squares = row_square_norms(weight)
             lora_A, lora_B = self.factors(name)
