@@ -118,6 +118,7 @@ def test_nothing_there(tmp_path):
         ("adapter_config.json", b"{", "adapter_config.json is damaged"),
         ("adapter_config.json", b"[]", "not an object"),
         ("adapter_config.json", b'{"lora_alpha": "x"}', "lora_alpha is damaged"),
+        ("adapter_config.json", b'{"peft_type": "ADALORA", "rank_pattern": {"x": [true]}}', "an? ADALORA adapter"),
         ("adapter_config.json", b'{"alpha_pattern": {"(": 1}}', "alpha_pattern is damaged"),
         ("veneer.json", b"\xff", "veneer.json is damaged"),
     ],

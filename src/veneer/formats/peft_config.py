@@ -164,11 +164,16 @@ def _close(one: tuple[int, float], other: tuple[int, float]) -> bool:
     return one[0] == other[0] and abs(one[1] - other[1]) <= 1e-9 * abs(other[1])
 
 
-def check_supported(fields: dict[str, Any], source: object) -> None:
-    """Raise `AdapterFormatError` for a kind of adapter that Veneer cannot hold."""
+def check_method(fields: dict[str, Any], source: object) -> None:
+    """Raise `AdapterFormatError` for an adapter of another method than LoRA."""
     if fields.get("peft_type", "LORA") != "LORA":
         how = "; save it and load_adapter reads the files" if fields["peft_type"] == "TRAINABLE_TOKENS" else ""
         raise AdapterFormatError(f"{source}: a {fields['peft_type']} adapter; Veneer holds LORA{how}")
+
+
+def check_supported(fields: dict[str, Any], source: object) -> None:
+    """Raise `AdapterFormatError` for a kind of adapter that Veneer cannot hold."""
+    check_method(fields, source)
     for key, what in UNSUPPORTED.items():
         if fields.get(key):
             raise AdapterFormatError(f"{source}: uses {what} ({key}), which Veneer does not hold")

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from veneer.errors import AdapterFormatError, RunError
 from veneer.files import read_object
-from veneer.formats.peft_config import check_types
+from veneer.formats.peft_config import check_method, check_types
+from veneer.formats.peft_tokens import PEFT_TYPE
 from veneer.report import text
 from veneer.report.page import progress, score_rows
 from veneer.report.run import RunFiles, is_run, mapping, read_run
@@ -145,6 +146,8 @@ def _add_run(info: Info, run: RunFiles) -> None:
 
 def _add_adapter(info: Info, path: Path) -> None:
     config = read_object(path / CONFIG)
+    if config.get("peft_type") != PEFT_TYPE:
+        check_method(config, path)
     check_types(config, path / CONFIG)
     shapes, dtypes = _read_header(path / TENSORS)
     ranks: dict[str, float] = {}
