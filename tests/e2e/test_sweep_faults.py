@@ -14,7 +14,7 @@ import veneer
 from veneer.cli.sweep import SweepDisplay
 from veneer.training.setup import open_base
 from veneer.training.sweep import Sweep, SweepOptions
-from veneer.training.trials import named_trials
+from veneer.training.trials import Trial, named_trials
 
 pytest_plugins = ["commands"]
 
@@ -87,6 +87,14 @@ def test_a_streamed_base_trains_its_adapters_one_by_one(cli, yaml_file, tmp_path
     assert [t["alone"] for t in trials] == ["", "its base is streamed"]
     assert trials[0]["heldout"] == pytest.approx(trials[1]["heldout"], rel=1e-4)
     assert_as_alone(cli, tmp_path / "sweep" / trials[1]["name"], tmp_path)
+
+
+def test_a_list_whose_base_is_not_streamed_any_more_trains_together(yaml_file):
+    was, now = (yaml.safe_load(yaml_file(stream=stream).read_text()) for stream in ("host", "off"))
+    over = Trial("over", {}, "finished", alone="its base is streamed")
+    going_on = Sweep(was["out"], was, [over, Trial("left", {}, alone="its base is streamed")])
+    going_on.adopt(now, [Trial("over", {}), Trial("left", {})])
+    assert [trial.alone for trial in going_on.trials] == ["its base is streamed", ""]
 
 
 def test_what_a_kill_left_of_sweep_json_is_cleared_away(cli, yaml_file, tmp_path):

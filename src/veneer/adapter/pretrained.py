@@ -34,7 +34,8 @@ def claim(bank: Bank) -> None:
     """Give a freshly adapted transformers model its own `save_pretrained`, and tell transformers of the adapters.
 
     The flag is transformers' own for "adapters are on this model": Trainer then takes a quantised base, and gradient
-    checkpointing makes the inputs require gradients. `detach` and `merge` undo both.
+    checkpointing makes the inputs require gradients. What TRL's trainers cannot do is refused before each call. `detach`
+    and `merge` undo all of it.
     """
     model = bank.model
     if hasattr(model, "save_pretrained"):

@@ -144,8 +144,8 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def _make(self, kind: type, bucket: int, room: int, count: int, size: int) -> Step:
-        dealt = self.slots if kind is StaticPieces else (count, size)
-        step = Step(kind(self.cache, bucket, room, dealt, self.device))
+        most = self.slots if kind is StaticPieces else (count, size)
+        step = Step(kind(self.cache, bucket, room, most, self.device))
         step.batch.fused = self.fused and room <= 1
         if kind in self.captures:
             try:

@@ -122,8 +122,8 @@ class Trainer:
     def run(self, *, resume: bool = False) -> RunResult:
         """Train from the start, or with `resume` from the newest sound checkpoint of the run directory.
 
-        Raises `RunError` (directory in use or not resumable, disk full), `TrainingDiverged` (the loss is NaN or
-        infinite; the batch is kept in bad_batch.json), and what loading and data raise.
+        Raises `RunError` (directory in use or not resumable, disk full), `TrainingDiverged` (a loss or gradient is NaN or
+        infinite; the batch, where it was one's, is kept in bad_batch.json), and what loading and data raise.
         """
         check_out(self.out, resume)
         with claimed(self.out):
@@ -328,7 +328,7 @@ class Trainer:
         write_text(self.out / "bad_batch.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
         raise TrainingDiverged(
             f"the loss or gradient became {value} at step {step}; the batch is in {self.out / 'bad_batch.json'}; "
-            f"a lower train.lr or more train.warmup usually helps, then continue with --resume"
+            f"a lower train.lr or more train.warmup usually helps"
         )
 
     def _evaluate(self, setup: Setup, state: Progress) -> None:

@@ -118,6 +118,8 @@ class Sweep:
             check_unchanged(self.out / name, self.configs[name], config)
         for trial in self.trials:
             trial.settings = next(one.settings for one in trials if one.name == trial.name)
+        for trial in self._left_to_train:
+            trial.alone = ""  # the reason may be gone, such as another train.stream
         self.values, self.configs = values, now.configs
 
     def run(self, *, resume: bool = False) -> Sweep:
