@@ -120,19 +120,26 @@ def test_progress_counts_those_that_train(yaml_file):
     assert all(display.totals[t.name] == t.step for t in sweep.trials if t.status != "stopped")
 
 
-def test_no_base_stays_in_memory(yaml_file, monkeypatch):
+def test_no_two_bases_are_in_memory(yaml_file, monkeypatch):
     opened = []
 
     def remembered(*given):
+        assert not any(model() for model in opened)
         model, tokenizer = open_base(*given)
         opened.append(weakref.ref(model))
         return model, tokenizer
 
     monkeypatch.setattr("veneer.training.sweep.open_base", remembered)
-    groups = {"adapters": [{"name": "a"}, {"name": "b", "dtype": "bfloat16"}]}
-    done = veneer.train_many(yaml_file(groups, max_steps=1))
+    groups = {
+        "adapters": [{"name": "a"}, {"name": "b", "dtype": "bfloat16"}, {"name": "c", "train": {"stream": "host"}}]
+    }
+    gc.disable()
+    try:
+        done = veneer.train_many(yaml_file(groups, max_steps=1))
+    finally:
+        gc.enable()
     gc.collect()
-    assert len(done.trials) == 2 and opened and not any(model() for model in opened)
+    assert len(done.trials) == 3 and len(opened) == 6 and not any(model() for model in opened)
 
 
 def test_fewer_combinations_than_asked_for_are_told(cli, yaml_file):

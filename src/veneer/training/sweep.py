@@ -6,6 +6,7 @@ directory beside it.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -224,6 +225,7 @@ class Sweep:
 
     def _open(self, group: list[Trial], note: Callable[[str], None]) -> tuple[torch.nn.Module, Any]:
         """The group's base, with all its data read and each adapter checked: nothing trains if one of them cannot."""
+        gc.collect()  # the base before is part of cycles, and there may be no room for two
         model, tokenizer = open_base(self.configs[group[0].name], note)
         for trial in group:
             with _named(trial):
