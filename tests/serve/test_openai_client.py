@@ -93,6 +93,13 @@ def test_chat_logprobs(api):
     assert [t.token for t in streamed] == [t.token for t in content]
 
 
+def test_the_text_of_a_completion_goes_on_from_its_prompt(serve):
+    with serve() as served:
+        client(served).completions.create(model="tiny", prompt="a")
+        client(served).chat.completions.create(model="tiny", messages=ASK)
+        assert [ticket.request.continues for ticket in served.engine.tickets] == [True, False]
+
+
 def test_completions(api, tokenizer):
     done = api.completions.create(model="second", prompt=["one", "two words"], n=2, seed=1, max_tokens=64)
     assert [c.index for c in done.choices] == [0, 1, 2, 3]

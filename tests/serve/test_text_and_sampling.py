@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,6 +111,7 @@ def test_the_coldest_temperatures_are_greedy_and_negative_seeds_their_own():
     assert len({generator(seed).random() for seed in (-2, -1, 0, 1, 2, -(2**70), 2**70)}) == 7
 
 
+@cache
 def sentencepiece():
     """A tokenizer as Llama 2's: spaces are part of tokens, and the first of a text loses its own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -122,6 +125,18 @@ def sentencepiece():
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@settings(max_examples=50, deadline=None)
+@given(before=st.text(st.sampled_from("abet ,"), max_size=20), text=st.text(st.sampled_from("abet ,"), max_size=20))
+def test_text_that_goes_on_has_all_that_its_tokens_say(before, text):
+    """Its first space too, which is dropped at the start of a text."""
+    tokenizer = sentencepiece()
+    tokens = tokenizer(before + text)["input_ids"]
+    for cut in range(len(tokens) + 1):
+        stream = TextStream(tokenizer, tokens[:cut])
+        said = "".join([*map(stream.add, tokens[cut:]), stream.rest()])
+        assert tokenizer.decode(tokens[:cut]) + said == tokenizer.decode(tokens)
 
 
 def test_tokens_of_logprobs_keep_their_spaces():

@@ -37,7 +37,7 @@ def visit(chromium):
         page.goto(url)
         yield page
         context.close()
-        assert [line for line in said if "401" not in line and "403" not in line] == []
+        assert [line for line in said if not any(code in line for code in ("401", "403", "404"))] == []
 
     return make
 
@@ -118,6 +118,19 @@ def test_stop_and_failure(serve, visit):
         page.fill("#prompt", "again")
         page.click("#send")
         expect(column(page, 0).locator(".turn.error")).to_contain_text("it broke")
+
+
+def test_answers_that_fit_and_adapters_that_are_there(serve, visit):
+    """A small context halves the answers that are asked for; after a failure the page looks what is loaded."""
+    with serve(context=100) as served, visit(served.url) as page:
+        expect(page.locator("#status")).to_have_text("tiny · 2 adapters loaded")
+        expect(page.locator("#max-tokens")).to_have_value("50")
+        served.registry.unload("first")
+        page.fill("#prompt", "hello")
+        page.click("#send")
+        expect(column(page, 1).locator(".turn.error")).to_contain_text("does not exist")
+        expect(page.locator("#status")).to_have_text("tiny · 1 adapter loaded")
+        expect(page.locator(".pane h2")).to_have_text(["tiny (base)", "tiny (base)"])
 
 
 def test_a_double_click_sends_once_and_stops_nothing(serve, visit):

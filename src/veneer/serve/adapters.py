@@ -44,11 +44,13 @@ class AdapterList(BaseModel):
     """What is loaded, and what lies in the allowed folders."""
 
     base: str
+    context: int
+    """Tokens of a prompt and its answer."""
     loaded: list[Loaded]
     offered: list[Offered]
 
 
-def add_adapter_routes(app: FastAPI, registry: Any, *, base: str, allowed: list[Path]) -> None:
+def add_adapter_routes(app: FastAPI, registry: Any, *, base: str, context: int, allowed: list[Path]) -> None:
     """/v1/load_lora_adapter, /v1/unload_lora_adapter and /v1/adapters."""
     text = {"response_class": PlainTextResponse, "responses": TEXT_STATUSES}
     reading = Semaphore(READING)
@@ -99,6 +101,5 @@ def add_adapter_routes(app: FastAPI, registry: Any, *, base: str, allowed: list[
                 continue
             loaded.append(Loaded(**{key: getattr(info, key) for key in Loaded.model_fields} | {"path": str(info.path)}))
         found = [path for folder in allowed for path in find_adapters(folder)][:MAX_OFFERED]
-        return AdapterList(
-            base=base, loaded=loaded, offered=[Offered(name=short_name(path), path=str(path)) for path in found]
-        )
+        offered = [Offered(name=short_name(path), path=str(path)) for path in found]
+        return AdapterList(base=base, context=context, loaded=loaded, offered=offered)

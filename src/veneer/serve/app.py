@@ -83,7 +83,7 @@ def create_app(
     guide = Guide(tokenizer, vocabulary=vocabulary, ends=end_tokens(model, tokenizer))
     reader = Reader(tokenizer, context=context, vocabulary=vocabulary, guide=guide, most=engine.limit)
     add_openai_routes(app, engine, registry, reader, base=base)
-    add_adapter_routes(app, registry, base=base, allowed=[Path(folder) for folder in allowed])
+    add_adapter_routes(app, registry, base=base, context=context, allowed=[Path(folder) for folder in allowed])
 
     @app.get("/health", response_model=Health, responses=STATUSES)
     async def health() -> dict[str, str]:

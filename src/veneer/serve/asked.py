@@ -135,7 +135,7 @@ class Reader:
             for choice in range(n):
                 seed = None if body.seed is None else body.seed + choice
                 sampling = Sampling(**values, seed=seed, grammar=grammar() if grammar else None)
-                requests.append(Request(prompt, sampling, adapters))
+                requests.append(Request(prompt, sampling, adapters, continues=isinstance(body, CompletionRequest)))
         return Asked(requests, n, bool(body.stream_options and body.stream_options.include_usage))
 
     def _sampling(self, body: Sampled, max_tokens: int, logprobs: int | None) -> dict[str, Any]:

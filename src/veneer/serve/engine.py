@@ -171,7 +171,7 @@ class Engine:
             ticket,
             contents,
             key,
-            TextStream(self.tokenizer),
+            TextStream(self.tokenizer, request.prompt if request.continues else ()),
             StopFilter(tuple(request.sampling.stop)),
             generator(seed),
             monotonic(),

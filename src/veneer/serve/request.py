@@ -41,11 +41,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's token ids and the adapters that answer it: (name, weight) pairs, none for the base alone."""
+    """A prompt's token ids and the adapters that answer it: (name, weight) pairs, none for the base alone.
+
+    `continues`: the answer's text goes on from the prompt's, with the space that its first token may begin with.
+    """
 
     prompt: list[int]
     sampling: Sampling
     adapters: tuple[tuple[str, float], ...] = ()
+    continues: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+BEFORE = 8
+"""Tokens before a text that it is decoded with."""
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for bytes that are no whole character (yet)."""
 
@@ -12,14 +15,17 @@ class TextStream:
     """Text of a growing list of tokens.
 
     Tokens are decoded together with a few before them, which settles spaces and characters over several tokens, and
-    text that ends in an unfinished character is held back until it is whole.
+    text that ends in an unfinished character is held back until it is whole. With a text `before` that it goes on from,
+    the first token keeps the space that SentencePiece's tokenizers take from the start of a text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.tokens = tokenizer, []
-        self.start = self.read = 0
-        self.known = ""
-        """The text of tokens[start:read]."""
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        self.tokenizer, self.tokens = tokenizer, list(before[-BEFORE:])
+        self.start, self.known = 0, self._decode(self.tokens)
+        """Of tokens[start:read] the text is known."""
+        if self.known.endswith(UNFINISHED):
+            self.tokens, self.known = [], ""
+        self.read = len(self.tokens)
 
     def add(self, token: int) -> str:
         """The text that one more token completes."""

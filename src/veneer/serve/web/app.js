@@ -39,7 +39,7 @@ async function refresh() {
     $("loaded").replaceChildren(...found.loaded.map(loadedRow));
     $("offered").replaceChildren(...found.offered.map((one) => new Option(one.name, one.path)));
     if (!found.loaded.length) $("loaded").append(element("tr", "", [element("td", "soft", "none yet", { colSpan: 5 })]));
-    if (!state.columns.length) start();
+    if (!state.columns.length) start(found.context);
     state.columns.forEach(drawColumn);
   } catch (error) {
     $("status").className = "error";
@@ -81,7 +81,9 @@ $("load-path").addEventListener("change", () => {
 
 // Columns
 
-function start() {
+function start(context) {
+  const most = $("max-tokens");
+  most.value = Math.max(1, Math.min(+most.value, Math.floor(context / 2)));
   addColumn([]);
   for (const one of state.loaded.slice(0, 1)) addColumn([{ name: one.name, weight: 1 }]);
 }
@@ -207,6 +209,7 @@ async function answer(column, text, system) {
     } else {
       if (!said) theirs.remove();
       turn(talk, "assistant error", error.message);
+      refresh(); // an adapter may be gone, or the server another one
     }
   } finally {
     state.running.delete(column);
