@@ -46,6 +46,14 @@ def column(page, number):
     return page.locator(".pane").nth(number)
 
 
+def ask_for_much(served, page):
+    """Returns in the middle of a long answer."""
+    served.engine.words = 60
+    page.fill("#prompt", "go on")
+    page.click("#send")
+    expect(column(page, 0).locator(".assistant")).to_contain_text("more")
+
+
 def test_talk_with_base_and_adapters_side_by_side(serve, visit):
     with serve(delay=0.01) as served, visit(served.url) as page:
         expect(page.locator("#status")).to_have_text("tiny · 2 adapters loaded")
@@ -105,10 +113,7 @@ def test_load_and_unload(serve, visit):
 
 def test_stop_and_failure(serve, visit):
     with serve(delay=0.05) as served, visit(served.url) as page:
-        served.engine.words = 60
-        page.fill("#prompt", "go on")
-        page.click("#send")
-        expect(column(page, 0).locator(".assistant")).to_contain_text("more")
+        ask_for_much(served, page)
         page.click("#stop")
         expect(page.locator("#send")).to_be_visible()
         expect(column(page, 0).locator(".speed")).to_contain_text("stopped")
@@ -144,10 +149,7 @@ def test_a_double_click_sends_once_and_stops_nothing(serve, visit):
 
 def test_what_was_said_before_a_failure_stays(serve, visit):
     with serve(delay=0.05) as served, visit(served.url) as page:
-        served.engine.words = 60
-        page.fill("#prompt", "go on")
-        page.click("#send")
-        expect(column(page, 0).locator(".assistant")).to_contain_text("more")
+        ask_for_much(served, page)
         served.engine.broken = True
         expect(column(page, 0).locator(".turn.error")).to_contain_text("it broke")
         expect(column(page, 0).locator(".assistant").first).to_contain_text("base heard")

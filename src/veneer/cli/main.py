@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -84,7 +85,7 @@ def root(
 
 
 @cache
-def parser():
+def parser() -> Callable[..., Any]:
     """The commands with all their options, read from the signatures once in a process: that takes 0.1 s."""
     return typer.main.get_command(app)
 

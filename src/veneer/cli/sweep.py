@@ -60,7 +60,7 @@ def command(
     values, found = _trials(config, settings or [], search or "grid", trials, seed or 0, out)
     from veneer.training.sweep import Sweep, SweepOptions
 
-    options = SweepOptions(search or "grid", at_once or 8, tokens, seed or 0)
+    options = SweepOptions(search or "grid", at_once or SweepOptions.at_once, tokens, seed or SweepOptions.seed)
     display = SweepDisplay()
     sweep = Sweep(values["out"], values, found, options, observe=display)
     _dry_run(sweep) if dry_run else run(sweep, display)
@@ -127,6 +127,7 @@ def run(sweep: Any, display: Display, *, resume: bool = False) -> None:
         raise typer.Exit(130)
     from veneer.report.page import write_report
     from veneer.report.sweep import write_sweep_report
+    from veneer.training.trials import DONE
 
     for trial in sweep.trials:
         if (sweep.out / trial.name / "config.yaml").exists():
@@ -140,7 +141,7 @@ def run(sweep: Any, display: Display, *, resume: bool = False) -> None:
         console.print(
             f"best     {best}\nnext     veneer eval {best}   ·   veneer chat {best} --compare", soft_wrap=True
         )
-    if not any(trial.status in ("finished", "early") for trial in sweep.trials):
+    if not any(trial.status in DONE for trial in sweep.trials):
         raise RunError("no trial reached its end: all diverged; lower learning rates usually help")
 
 
@@ -154,7 +155,7 @@ def table(trials: list[Any], best: Any) -> Table:
         grid.add_column(key.rpartition(".")[2], justify="right")
     for name in ("held-out", "loss", "steps", ""):
         grid.add_column(name, justify="right" if name else "left")
-    order = sorted(trials, key=lambda t: (t.status not in ("finished", "early"), t.rank))
+    order = sorted(trials, key=lambda t: t.rank)
     for trial in order[:SHOWN]:
         own = [_value(trial.settings.get(key)) for key in keys[:4]]
         numbers = [_loss(trial.heldout), _loss(trial.loss), f"{trial.step}/{trial.total_steps or '–'}"]

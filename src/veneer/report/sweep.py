@@ -18,7 +18,7 @@ from veneer.report import plots
 from veneer.report.page import environment
 from veneer.report.run import is_number, mapping
 from veneer.training.metrics import read_metrics
-from veneer.training.trials import read_sweep
+from veneer.training.trials import rank, read_sweep, score
 from veneer.version import __version__
 
 CURVES = 40
@@ -69,25 +69,15 @@ def render(out: Path, record: dict[str, Any]) -> str:
     )
 
 
-def score(trial: dict[str, Any]) -> float | None:
-    """The loss that a trial is compared by: held-out, else training."""
-    found = [trial.get(key) for key in ("heldout", "loss") if is_number(trial.get(key))]
-    return found[0] if found and trial.get("status") != "diverged" else None
+def standing(trial: dict[str, Any]) -> tuple[str | None, float | None, float | None]:
+    """How a trial stands, its held-out and its training loss: what it is compared by."""
+    heldout, loss = (trial[key] if is_number(trial.get(key)) else None for key in ("heldout", "loss"))
+    return trial.get("status"), heldout, loss
 
 
 def ranked(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that reached their end first, each kind by loss; a training loss is no match for a held-out one."""
-
-    def order(trial: dict[str, Any]) -> tuple[bool, bool, bool, float]:
-        loss = score(trial)
-        return (
-            trial.get("status") not in ("finished", "early"),
-            loss is None,
-            not is_number(trial.get("heldout")),
-            loss or 0.0,
-        )
-
-    return sorted(trials, key=order)
+    """The best first."""
+    return sorted(trials, key=lambda trial: rank(*standing(trial)))
 
 
 def facts(record: dict[str, Any], trials: Sequence[dict[str, Any]]) -> list[str]:
@@ -154,7 +144,7 @@ def _lines(title: str, trials: Sequence[dict], points: dict[Any, plots.Points], 
 
 def scatter(trials: Sequence[dict], key: str, best: dict | None) -> str | None:
     """Each trial's loss by its value of one setting; None where fewer than two values were tried."""
-    found = [(mapping(t.get("settings")).get(key), score(t), t) for t in trials]
+    found = [(mapping(t.get("settings")).get(key), score(*standing(t)), t) for t in trials]
     found = [(value, loss, t) for value, loss, t in found if value is not None and loss is not None]
     numeric = all(is_number(value) for value, _, _ in found)
     labels = list(dict.fromkeys(str(value) for value, _, _ in sorted(found, key=lambda f: str(f[0]))))

@@ -37,6 +37,7 @@ from veneer.training.signals import Interrupt
 from veneer.training.state import (
     Progress,
     Trained,
+    checkpoint_path,
     checkpoints,
     fill_adapter,
     load_checkpoint,
@@ -348,7 +349,7 @@ class Trainer:
         self._log({"type": "eval", "step": state.step, "loss": loss, "best": best})
 
     def _finish(self, setup: Setup, state: Progress, total: int, loss: float | None) -> RunResult:
-        if state.step and not (self.out / "checkpoints" / f"step-{state.step:08d}").exists():
+        if state.step and not checkpoint_path(self.out, state.step).exists():
             save_checkpoint(self.out, self.trained, state, self.config.train.keep_checkpoints)
         stopped = "early" if state.stopped_early else "finished" if state.step >= total else "interrupted"
         adapter = self.out / "adapter"

@@ -31,7 +31,7 @@ from veneer.training.loop import Batch, Observer, RunResult, Trainer, unsound
 from veneer.training.lower import SharedStart
 from veneer.training.optim import lr_factor, set_lr, warmup_steps
 from veneer.training.setup import Setup
-from veneer.training.state import Progress, save_checkpoint
+from veneer.training.state import Progress, checkpoint_path, save_checkpoint
 
 Status = Literal["finished", "early", "interrupted", "diverged", "paused"]
 
@@ -132,7 +132,7 @@ class Lane(Trainer):
                 self.rung_loss = self.rung()
             if self.rung_loss is not None and not math.isfinite(self.rung_loss):
                 status, reason, self.rung_loss = "diverged", unsound(self.rung_loss, self.state.step), None
-            elif not (self.out / "checkpoints" / f"step-{self.state.step:08d}").exists():
+            elif not checkpoint_path(self.out, self.state.step).exists():
                 save_checkpoint(self.out, self.trained, self.state, self.config.train.keep_checkpoints)
         self.status, self.reason = status, reason
         self.observe({"type": "leave", "step": self.state.step, "status": status})

@@ -43,6 +43,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.is_dir())
 
 
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
 @dataclass
 class Trained:
     """What a checkpoint holds besides its `Progress`: the adapter `name` of a model and the state of its optimiser."""
@@ -55,7 +60,7 @@ class Trained:
 
 def save_checkpoint(run: Path, trained: Trained, state: Progress, keep: int) -> Path:
     """Write checkpoints/step-N in one step, then drop the oldest beyond `keep`. Raises `RunError` (disk)."""
-    path = run / "checkpoints" / f"step-{state.step:08d}"
+    path = checkpoint_path(run, state.step)
     with new_directory(path) as folder:
         save_adapter(trained.model, folder / "adapter", name=trained.name)
         save_file(trained.optimizer.state(), folder / MOMENTS)

@@ -31,7 +31,7 @@ from veneer.training.search import better_half, rungs
 from veneer.training.setup import Setup, check_unchanged, open_base, with_data
 from veneer.training.signals import Interrupt
 from veneer.training.state import checkpoints, tidy
-from veneer.training.trials import FILE, OVER, Trial, base_key, finite, last_losses, listed, read_sweep
+from veneer.training.trials import DONE, FILE, OVER, Trial, base_key, finite, last_losses, listed, read_sweep
 from veneer.version import __version__
 
 
@@ -180,7 +180,7 @@ class Sweep:
     @property
     def best(self) -> Trial | None:
         """The trial with the lowest loss among those that were not stopped."""
-        scored = [t for t in self.trials if t.status in ("finished", "early") and t.score is not None]
+        scored = [t for t in self.trials if t.status in DONE and t.score is not None]
         return min(scored, key=lambda t: t.rank, default=None)
 
     def write(self) -> None:
@@ -384,5 +384,5 @@ def train_many(
         sweep = Sweep.load(out, at_once=at_once, tokens=tokens, observe=observe)
         sweep.adopt(shared, trials)
         return sweep.run(resume=True)
-    options = SweepOptions("list", at_once or 8, tokens)
+    options = SweepOptions("list", at_once or SweepOptions.at_once, tokens)
     return Sweep(out, shared, trials, options, observe=observe).run()

@@ -15,8 +15,22 @@ from veneer.training.metrics import read_metrics
 
 FILE, PAGE = "sweep.json", "report.html"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.,=+_-]*")
-OVER = ("finished", "early", "diverged", "stopped")
+DONE = ("finished", "early")
+"""How a trial stands that came to an end of its own."""
+OVER = (*DONE, "diverged", "stopped")
 """How a trial can stand when nothing is left to do for it; "stopped" is by halving. Else it is "waiting"."""
+
+
+def score(status: str | None, heldout: float | None, loss: float | None) -> float | None:
+    """What trials are compared by, lower is better; None if there is nothing to compare."""
+    return None if status == "diverged" else loss if heldout is None else heldout
+
+
+def rank(status: str | None, heldout: float | None, loss: float | None) -> tuple[bool, bool, bool, float]:
+    """Trials in order of this are the best first: those that came to their end, each kind by its score. A training loss is
+    no match for a held-out one."""
+    found = score(status, heldout, loss)
+    return status not in DONE, found is None, heldout is None, found or 0.0
 
 
 @dataclass
@@ -40,15 +54,13 @@ class Trial:
 
     @property
     def score(self) -> float | None:
-        """What trials are compared by, lower is better; None if there is nothing to compare."""
-        if self.status == "diverged":
-            return None
-        return self.heldout if self.heldout is not None else self.loss
+        """See `score`."""
+        return score(self.status, self.heldout, self.loss)
 
     @property
-    def rank(self) -> tuple[bool, bool, float]:
-        """Trials in order of this are the best first. A training loss is no match for a held-out one."""
-        return self.score is None, self.heldout is None, self.score or 0.0
+    def rank(self) -> tuple[bool, bool, bool, float]:
+        """See `rank`."""
+        return rank(self.status, self.heldout, self.loss)
 
 
 def base_key(config: TrainConfig) -> str:
